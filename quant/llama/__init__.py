@@ -1,0 +1,1 @@
+"""A native Llama 2: the model, its tokenizer and generation."""

@@ -1,0 +1,318 @@
+"""Llama 2 in one file: the config and the whole model, read from top to bottom.
+
+A decoder layer is  x + o(attention(q, k, v of norm(x)))  followed by  x + down(silu(gate(norm(x))) * up(norm(x))).
+Positions enter by rotating q and k (rotary embedding), and several query heads may share one key/value head (GQA).
+
+Module and parameter names are those of the Hugging Face checkpoint, so a file loads without a rename table.
+Weights keep the dtype they are stored in; arithmetic is float32 on the CPU and the storage dtype on a GPU, so that
+float16 weights cannot overflow where there is no float16 arithmetic to gain from.
+
+Letters: B batch, T tokens, S tokens with the cached ones, H heads, D head_dim. Semantics follow the Llama model of
+transformers 5 (`models/llama`, `modeling_rope_utils`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Linears that share an input stand together: they share one Hessian and are solved as one stack.
+LINEAR_GROUPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+_REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+)
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Geometry and semantics of a Llama model; field names as in `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    rope_factor: float = 1.0
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (2,)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> LlamaConfig:
+        """Read `config.json` as written by transformers 4 or 5.
+
+        Raises:
+            ValueError: another model_type, activation or rope type, a missing or impossible size; each by name.
+        """
+        _refuse_other_models(raw)
+        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+        rope_theta, rope_type, rope_factor = _rope_settings(raw)
+        eos = raw.get("eos_token_id", 2)
+        config = cls(
+            **{name: raw[name] for name in _REQUIRED},
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or hidden // heads,
+            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=rope_theta,
+            rope_type=rope_type,
+            rope_factor=rope_factor,
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            attention_bias=raw.get("attention_bias", False),
+            mlp_bias=raw.get("mlp_bias", False),
+            bos_token_id=raw.get("bos_token_id", 1),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        )
+        if heads % config.num_key_value_heads:
+            raise ValueError(
+                f"config.json: num_attention_heads {heads} is not a multiple of "
+                f"num_key_value_heads {config.num_key_value_heads}"
+            )
+        return config
+
+
+def _refuse_other_models(raw: Mapping[str, Any]) -> None:
+    """Raise ValueError naming what makes this config something else than a Llama we compute."""
+    model_type = raw.get("model_type")
+    if model_type != "llama":
+        raise ValueError(
+            f"config.json: model_type {model_type!r} is not supported; this tool quantizes Llama models ('llama')"
+        )
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ValueError(
+            f"config.json: hidden_act {activation!r} is not supported; Llama 2 uses 'silu'"
+        )
+    for name in _REQUIRED:
+        if not isinstance(raw.get(name), int) or raw[name] <= 0:
+            raise ValueError(
+                f"config.json: {name} is {raw.get(name)!r}; it must be a positive integer"
+            )
+
+
+def _rope_settings(raw: Mapping[str, Any]) -> tuple[float, str, float]:
+    """(theta, type, factor) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if rope_type not in ("default", "linear", "dynamic"):
+        raise ValueError(
+            f"config.json: rope type {rope_type!r} is not supported; supported are default, linear and dynamic"
+        )
+    theta = (raw.get("rope_parameters") or {}).get("rope_theta") or raw.get("rope_theta") or 10000.0
+    return float(theta), rope_type, float(parameters.get("factor") or 1.0)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, (layers, B, KV heads, max_len, D) each, preallocated."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch: int,
+        max_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (
+            config.num_hidden_layers,
+            batch,
+            config.num_key_value_heads,
+            max_len,
+            config.head_dim,
+        )
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, KV heads, T, D) of one layer behind `length`; return all of that layer's so far."""
+        end = self.length + k.shape[2]
+        if end > self.keys.shape[3]:
+            raise ValueError(f"KV cache holds {self.keys.shape[3]} tokens, {end} are needed")
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with W in its storage dtype and the product in x's dtype."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) * in_features**-0.5)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, with the statistics in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight.to(x.dtype)
+
+
+def rotary(
+    config: LlamaConfig, start: int, end: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, D), float32, for the positions start..end-1."""
+    base, dim = config.rope_theta, config.head_dim
+    if config.rope_type == "dynamic" and end > config.max_position_embeddings:
+        stretch = config.rope_factor * end / config.max_position_embeddings - (
+            config.rope_factor - 1
+        )
+        base = base * stretch ** (dim / (dim - 2))
+    inverse = 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    if config.rope_type == "linear":
+        inverse = inverse / config.rope_factor
+    angles = torch.arange(start, end, device=device, dtype=torch.float32)[:, None] * inverse
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of x (B, H, T, D) by the angles of cos and sin (T, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, bias = config.hidden_size, config.attention_bias
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj: nn.Module = Linear(hidden, width, bias)
+        self.k_proj: nn.Module = Linear(hidden, kv_width, bias)
+        self.v_proj: nn.Module = Linear(hidden, kv_width, bias)
+        self.o_proj: nn.Module = Linear(width, hidden, bias)
+
+    def mix(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """The input of o_proj, (B, T, heads * D), from the normed x (B, T, hidden)."""
+        config, start = self.config, cache.length if cache else 0
+        B, T, _ = x.shape
+        cos, sin = rotary(config, start, start + T, x.device)
+        q, k, v = (p(x).view(B, T, -1, config.head_dim).transpose(1, 2) for p in self._qkv())
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache:
+            k, v = cache.append(layer, k, v)  # (B, KV heads, S, D)
+        repeats = config.num_attention_heads // config.num_key_value_heads
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        mask = None
+        if start and T > 1:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and T > 1)
+        return y.transpose(1, 2).reshape(B, T, -1)
+
+    def _qkv(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        return self.o_proj(self.mix(x, cache, layer))
+
+
+class MLP(nn.Module):
+    """The gated feed-forward network."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        hidden, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj: nn.Module = Linear(hidden, width, bias)
+        self.up_proj: nn.Module = Linear(hidden, width, bias)
+        self.down_proj: nn.Module = Linear(width, hidden, bias)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """The input of down_proj, (B, T, intermediate), from the normed x (B, T, hidden)."""
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.mix(x))
+
+
+class DecoderLayer(nn.Module):
+    """One block: attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: what the checkpoint calls `model`."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = self.embed_tokens(ids).to(compute_dtype(self.embed_tokens.weight))
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cache, index)
+        if cache:
+            cache.length += ids.shape[1]
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """The language model. `Llama(config)` is random in float32, and empty under `torch.device("meta")`."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, T) int64 -> logits (B, T, vocab_size) float32; with a cache, ids follow the cached tokens."""
+        return self.lm_head(self.model(ids, cache)).float()
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """float32 on the CPU; the storage dtype elsewhere."""
+    return torch.float32 if weight.device.type == "cpu" else weight.dtype
