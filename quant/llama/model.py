@@ -251,6 +251,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.config = config
         hidden, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj: nn.Module = Linear(hidden, width, bias)
         self.up_proj: nn.Module = Linear(hidden, width, bias)

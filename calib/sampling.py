@@ -1,0 +1,46 @@
+"""Windows of tokens to calibrate on: texts are joined into one stream and cut, so that nothing is ever padded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+def token_windows(
+    tokenize: Callable[[str], list[int]], documents: Iterable[str], num_samples: int, seq_len: int, seed: int = 0
+) -> Tensor:
+    """Choose windows at random, without overlap.
+
+    Args:
+        tokenize: text -> ids.
+        documents: texts; read until there is a choice of four windows for each one wanted.
+        num_samples: windows wanted; if the text holds fewer, all are taken, with a warning.
+        seq_len: tokens per window.
+        seed: of a generator of its own.
+
+    Returns:
+        (windows, seq_len) int64.
+
+    Raises:
+        ValueError: a number is not positive, or the text is shorter than one window.
+    """
+    if num_samples < 1 or seq_len < 2:
+        raise ValueError(f"samples {num_samples} and seq-len {seq_len}: at least 1 and 2 are needed")
+    stream: list[int] = []
+    for text in documents:
+        stream += tokenize(text)
+        if len(stream) >= 4 * num_samples * seq_len:
+            break
+    available = len(stream) // seq_len
+    if not available:
+        raise ValueError(f"calibration text: {len(stream)} tokens are fewer than one window of {seq_len}")
+    if available < num_samples:
+        warnings.warn(
+            f"calibration text holds {available} windows of {seq_len} tokens, not {num_samples}; using all", stacklevel=2
+        )
+    windows = torch.tensor(stream[: available * seq_len]).view(available, seq_len)
+    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
+    return windows[chosen.sort().values]

@@ -1,0 +1,48 @@
+"""QuantConfig: what a reader of a quantized file must know, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """The stored grid of every linear.
+
+    Attributes:
+        bits: bits per code, one of 2, 3, 4, 8.
+        group_size: input channels that share a scale and a zero, a multiple of 32; -1 is one group per row.
+        symmetric: the zero is fixed at 2^(bits-1), else chosen per group.
+
+    Raises:
+        ValueError: bits or group_size is not one of these.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits {self.bits} is not supported; choose one of {', '.join(map(str, BITS))}")
+        if self.group_size != -1 and (self.group_size <= 0 or self.group_size % 32):
+            raise ValueError(f"group_size {self.group_size} is not supported; choose a multiple of 32, or -1 for rows")
+
+    @property
+    def max_code(self) -> int:
+        """The largest code, 2^bits - 1."""
+        return 2**self.bits - 1
+
+    def width(self, in_features: int) -> int:
+        """Input channels per group of a linear: group_size, or all of them for -1."""
+        return in_features if self.group_size == -1 else self.group_size
+
+    def check(self, name: str, in_features: int) -> None:
+        """Raise ValueError if the groups do not divide the linear called `name`."""
+        if in_features % self.width(in_features):
+            raise ValueError(
+                f"{name}: in_features {in_features} is not divisible by group_size {self.group_size}; "
+                "choose 64 or 32, or -1 for one group per row"
+            )

@@ -1,0 +1,150 @@
+"""The GPTQ checkpoint as AutoGPTQ defined it and GPTQModel, transformers, vLLM and ExLlama read it.
+
+Each quantized linear P of K inputs, N outputs and G groups is four tensors instead of P.weight:
+
+    P.qweight  int32 (K * bits / 32, N)   codes, packed along K
+    P.qzeros   int32 (G, N * bits / 32)   zeros, packed along N
+    P.scales   float16 (G, N)
+    P.g_idx    int32 (K,)                 group of each input channel
+
+Version 1 (`checkpoint_format: gptq`) stores zero - 1, version 2 (`gptq_v2`) stores zero. Symmetric grids are written
+as version 1, which every reader takes; asymmetric ones as version 2, because version 1 is ambiguous there.
+The settings stand twice, in config.json under `quantization_config` and in quantize_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.checkpoint import CheckpointReader, CheckpointWriter, module_names, read_json
+from quant.config import QuantConfig
+from quant.grid import Grid, QuantizedTensor
+from quant.packing import pack, unpack
+
+_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+
+class Writer:
+    """Streams a quantized checkpoint into a folder.
+
+    Args:
+        folder: where to write; made by the caller.
+        config: what is stored; decides the version.
+        settings: the solver's settings; `damp` is repeated in the file for information.
+    """
+
+    def __init__(self, folder: Path, config: QuantConfig, settings: dict[str, Any]) -> None:
+        self.folder, self.config, self.settings = folder, config, settings
+        self._shards = CheckpointWriter(folder)
+
+    def add_quantized(self, name: str, qt: QuantizedTensor) -> None:
+        """Write the linear called `name` (without ".weight")."""
+        groups = qt.grid.scales.shape[1]
+        index = qt.group_index
+        if index is None:
+            index = torch.arange(qt.in_features) // (qt.in_features // groups)
+        stored_zeros = qt.grid.zeros - (1 if self.config.symmetric else 0)
+        self._shards.add(f"{name}.qweight", pack(qt.codes.T.cpu(), qt.bits))
+        self._shards.add(f"{name}.qzeros", pack(stored_zeros.cpu(), qt.bits).T)
+        self._shards.add(f"{name}.scales", qt.grid.scales.T.to(torch.float16))
+        self._shards.add(f"{name}.g_idx", index.to(torch.int32))
+
+    def add_plain(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that is not quantized, in its own dtype."""
+        self._shards.add(name, tensor)
+
+    def close(self, model_config: dict[str, Any]) -> None:
+        """Finish the shards and write both configs."""
+        self._shards.close()
+        stored = {
+            "quant_method": "gptq",
+            "bits": self.config.bits,
+            "group_size": self.config.group_size,
+            "desc_act": False,
+            "sym": self.config.symmetric,
+            "lm_head": False,
+            "checkpoint_format": "gptq" if self.config.symmetric else "gptq_v2",
+            "damp_percent": self.settings.get("damp", 0.01),
+            "true_sequential": True,
+            "static_groups": True,
+            "pack_dtype": "int32",
+            "meta": {"quantizer": ["llama-gptq:0.1.0"]},
+        }
+        config = {**model_config, "pretraining_tp": 1, "quantization_config": stored}
+        _write_json(self.folder / "quantize_config.json", stored)
+        _write_json(self.folder / "config.json", config)
+
+
+def matches(reader: CheckpointReader) -> bool:
+    """Whether the checkpoint holds packed GPTQ weights."""
+    return any(name.endswith(".qweight") for name in reader.names())
+
+
+def stored_config(reader: CheckpointReader) -> dict[str, Any]:
+    """The quantization settings, from quantize_config.json or config.json.
+
+    Raises:
+        ValueError: neither has them, or they are of another method.
+    """
+    file = reader.path / "quantize_config.json"
+    stored = reader.config.get("quantization_config") or (read_json(file) if file.is_file() else None)
+    if not stored:
+        raise ValueError(f"{reader.path}: neither config.json nor quantize_config.json has quantization settings")
+    method = stored.get("quant_method") or stored.get("method") or "gptq"
+    if method != "gptq":
+        raise ValueError(f"{reader.path}: quantization method {method!r} is not supported; supported is 'gptq'")
+    return stored
+
+
+def quant_config(reader: CheckpointReader) -> QuantConfig:
+    """Bits, group size and symmetry of a checkpoint."""
+    stored = stored_config(reader)
+    if "bits" not in stored:
+        raise ValueError(f"{reader.path}: the quantization settings name no bits")
+    return QuantConfig(stored["bits"], stored.get("group_size", -1), stored.get("sym", True))
+
+
+def read(reader: CheckpointReader) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
+    """Every module's QuantizedTensor (by name without suffix) and every other tensor, one at a time."""
+    config = quant_config(reader)
+    stored = stored_config(reader)
+    version_1 = (stored.get("checkpoint_format") or stored.get("format") or "gptq") == "gptq"
+    packed = set(module_names(reader.names(), ".qweight"))
+    for name in reader.names():
+        module, dot, suffix = name.rpartition(".")
+        if module in packed and dot + suffix in _SUFFIXES:
+            if suffix == "qweight":
+                yield module, _read_one(reader, module, config, version_1)
+        else:
+            yield name, reader.tensor(name)
+
+
+def _read_one(reader: CheckpointReader, module: str, config: QuantConfig, version_1: bool) -> QuantizedTensor:
+    """One linear, with its zeros brought to the meaning of quant.grid."""
+    words, scales = reader.tensor(f"{module}.qweight"), reader.tensor(f"{module}.scales")
+    groups, out_features = scales.shape
+    in_features = words.shape[0] * 32 // config.bits
+    if words.shape[1] != out_features:
+        raise ValueError(f"{module}: qweight has {words.shape[1]} outputs, scales {out_features}; one is damaged")
+    codes = unpack(words, config.bits, in_features).T.contiguous()
+    zeros = unpack(reader.tensor(f"{module}.qzeros").T, config.bits, out_features)  # (N, G)
+    half = 2 ** (config.bits - 1)
+    already_true = config.symmetric and bool((zeros == half).all())  # written as version 2, labelled 1
+    if version_1 and not already_true:
+        zeros = zeros + 1
+    grid = Grid(scales.T.float().contiguous(), zeros.contiguous(), config.bits)
+    index = reader.tensor(f"{module}.g_idx") if f"{module}.g_idx" in reader else None
+    consecutive = torch.arange(in_features) // -(-in_features // groups)
+    if index is not None and not torch.equal(index.long(), consecutive):
+        return QuantizedTensor(codes, grid, index)
+    return QuantizedTensor(codes, grid)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

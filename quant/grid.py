@@ -1,0 +1,103 @@
+"""The grid of a quantized weight, and the one definition everything agrees on:
+
+    weight = scale * (code - zero)
+
+Codes and zeros are integers in 0..2^bits-1; each row has one scale and one zero per group of input channels.
+Scales are rounded to float16 when the grid is fitted, before any solver looks at it, so that the grid a solver
+works on is the grid on disk. Two facts of the classical min-max fit are kept from its published form: a symmetric
+grid has scale 2 absmax / max_code and zero 2^(bits-1); an asymmetric range always includes 0. Zeros stay in
+1..max_code, because the older file format stores zero - 1 and cannot hold 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quant.config import QuantConfig
+
+_SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+_LARGEST_SCALE = 65504.0
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales (out, groups) float32 with float16 values, zeros (out, groups) uint8."""
+
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+
+    @property
+    def max_code(self) -> int:
+        return 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Codes (out, in) uint8 on a grid; group_index (in,) int32, or None for groups of consecutive columns."""
+
+    codes: Tensor
+    grid: Grid
+    group_index: Tensor | None = None
+
+    @property
+    def bits(self) -> int:
+        return self.grid.bits
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1]
+
+    def rows(self, rows: slice) -> QuantizedTensor:
+        """The same tensor restricted to some output rows."""
+        grid = replace(self.grid, scales=self.grid.scales[rows], zeros=self.grid.zeros[rows])
+        return replace(self, codes=self.codes[rows], grid=grid)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """scale * (code - zero), (out, in); computed in float32, then cast."""
+        if self.group_index is None:
+            shape = (*self.grid.scales.shape, -1)  # (out, groups, width)
+            codes = self.codes.reshape(shape).float()
+            weight = self.grid.scales[..., None] * (codes - self.grid.zeros[..., None].float())
+            return weight.reshape(self.codes.shape).to(dtype)
+        index = self.group_index.long()
+        weight = self.grid.scales[:, index] * (self.codes.float() - self.grid.zeros[:, index].float())
+        return weight.to(dtype)
+
+
+def fit_minmax(weight: Tensor, config: QuantConfig) -> Grid:
+    """The grid that spans each group's range.
+
+    Args:
+        weight: (out, in) float32; in must be divisible by the group size.
+
+    Returns:
+        A Grid whose scales are positive, finite and float16-exact; an all-zero group gets a harmless scale.
+    """
+    groups = weight.reshape(len(weight), -1, config.width(weight.shape[1]))  # (out, groups, width)
+    low = groups.amin(-1).clamp(max=0)
+    high = groups.amax(-1).clamp(min=0)
+    if config.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    empty = high == low
+    low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+    scales = ((high - low) / config.max_code).clamp(_SMALLEST_SCALE, _LARGEST_SCALE).half().float()
+    zeros = torch.full_like(scales, 2 ** (config.bits - 1))
+    if not config.symmetric:
+        zeros = (-low / scales).round().clamp(1, config.max_code)
+    return Grid(scales, zeros.to(torch.uint8), config.bits)
+
+
+def nearest_codes(weight: Tensor, grid: Grid) -> Tensor:
+    """The nearest code of every weight (out, in), uint8, for groups of consecutive columns."""
+    groups = weight.reshape(*grid.scales.shape, -1)
+    codes = (groups / grid.scales[..., None]).round() + grid.zeros[..., None].float()
+    return codes.clamp(0, grid.max_code).to(torch.uint8).reshape(weight.shape)

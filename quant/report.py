@@ -1,0 +1,120 @@
+"""quantize_report.json: what was done to each linear, with which settings and data, and what it cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.config import QuantConfig
+
+FILE_NAME = "quantize_report.json"
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One linear. Errors are tr(E H E^T) / tr(W H W^T): the share of the output's energy that is lost."""
+
+    name: str
+    relative_error: float
+    rtn_relative_error: float
+    damp: float
+    tokens: int
+    in_features: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know about this linear, one line each."""
+        lines = [f"{self.name}: {note}" for note in self.notes]
+        if self.relative_error > self.rtn_relative_error * 1.0001:
+            lines.append(
+                f"{self.name}: relative error {self.relative_error:.3g} is above "
+                f"round-to-nearest's {self.rtn_relative_error:.3g}"
+            )
+        if self.tokens < self.in_features:
+            lines.append(
+                f"{self.name}: {self.tokens} calibration tokens for {self.in_features} inputs; use more --samples"
+            )
+        return lines
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole run."""
+
+    model: str
+    output: str
+    settings: dict[str, Any]
+    calibration: dict[str, Any]
+    seconds: float
+    peak_memory_bytes: int | None
+    versions: dict[str, str]
+    linears: tuple[LinearReport, ...]
+
+    @classmethod
+    def of_run(
+        cls,
+        model: Path,
+        output: Path,
+        config: QuantConfig,
+        settings: dict[str, Any],
+        windows: Tensor,
+        linears: list[LinearReport],
+        start: float,
+    ) -> Report:
+        """Collect the facts of a run that began at `start` (time.perf_counter)."""
+        data_hash = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        shape = {"windows": windows.shape[0], "seq_len": windows.shape[1], "sha256": data_hash}
+        return cls(
+            model=str(model.resolve()),
+            output=str(output.resolve()),
+            settings={**asdict(config), **settings},
+            calibration=shape,
+            seconds=round(time.perf_counter() - start, 2),
+            peak_memory_bytes=peak_memory_bytes(),
+            versions={"llama-gptq": _own_version(), "torch": torch.__version__, "python": platform.python_version()},
+            linears=tuple(linears),
+        )
+
+    @property
+    def warnings(self) -> list[str]:
+        return [line for linear in self.linears for line in linear.warnings]
+
+    def write(self, folder: Path) -> None:
+        (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def float_origin(folder: Path) -> Path | None:
+    """The float checkpoint a quantized one was made from, if it still exists."""
+    try:
+        origin = Path(json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return origin if origin.is_dir() else None
+
+
+def peak_memory_bytes() -> int | None:
+    """Peak resident memory of this process; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _own_version() -> str:
+    try:
+        return version("llama-gptq")
+    except PackageNotFoundError:
+        return "source"

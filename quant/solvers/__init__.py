@@ -1,0 +1,13 @@
+"""Solvers: a weight and the Hessian of its input -> integer codes. One file each.
+
+`solve(weight, hessian, config, options) -> Solution`. To add one: copy `rtn.py`, add a line here.
+"""
+
+from __future__ import annotations
+
+from quant.solvers import gptq, rtn
+
+SOLVERS = {
+    "gptq": (gptq.solve, gptq.GPTQOptions),
+    "rtn": (rtn.solve, rtn.RTNOptions),
+}

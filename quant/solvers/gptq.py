@@ -1,0 +1,137 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323) in the form that needs one Cholesky factor and no inverse.
+
+Columns are rounded one after another; each rounding error is passed on to the columns still to come, so that the
+layer's output changes least. With H = R R^T, R upper triangular, the column to round is
+
+    v_j = w_j + sum over k < j of (w_k - q_k) R_kj / R_jj ,      q_j = nearest grid value to v_j
+
+with the original w_k, and the loss it adds is (v_j - q_j)^2 R_jj^2. This is the classical method exactly: its upper
+factor of the inverse Hessian is U = R^-1.
+
+Worked example: W = [0.4, 0.4], H = [[2, 1], [1, 1]], scale 1. Then R = [[1, 1], [0, 1]]. Column 0: v = 0.4, q = 0,
+error 0.4. Column 1: v = 0.4 + 0.4 * 1 / 1 = 0.8, q = 1. Rounding gives [0, 0] with loss 0.8, GPTQ [0, 1] with 0.2.
+
+Group grids are fitted to the original weights beforehand, so columns may be taken in the order of falling diag(H)
+(act-order) and the codes are put back in place: no runtime ever sees the order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.config import QuantConfig
+from quant.grid import Grid, QuantizedTensor, fit_minmax
+from quant.solvers.loss import Solution
+
+
+@dataclass(frozen=True)
+class GPTQOptions:
+    """How GPTQ runs; none of it is visible in the file.
+
+    Attributes:
+        act_order: take columns by falling diag(H), else from left to right.
+        damp: added to the diagonal of H, as a fraction of its mean.
+        block_size: columns per block between two large updates.
+    """
+
+    act_order: bool = True
+    damp: float = 0.01
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damp < 1:
+            raise ValueError(f"damp {self.damp} is out of range; it is a fraction of the mean diagonal, 0 <= damp < 1")
+
+
+def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Solution:
+    """Quantize a weight.
+
+    Args:
+        weight: (out, in) float32.
+        hessian: (in, in) float32, the sum of x x^T over tokens.
+
+    Returns:
+        Codes on static, float16-exact grids, with the damping used and any retry in `notes`.
+
+    Raises:
+        ValueError: weight or Hessian is not finite.
+    """
+    if not torch.isfinite(weight).all() or not torch.isfinite(hessian.diagonal()).all():
+        raise ValueError("GPTQ: the weight or the Hessian is not finite")
+    H = hessian.clone()
+    diagonal = H.diagonal()
+    dead = diagonal <= 0
+    diagonal[dead] = diagonal.mean().clamp(min=1e-12)  # a channel that is never active: round it, spread nothing
+    order = torch.arange(len(H), device=H.device)
+    if options.act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        H = H[order][:, order]
+    R, damp, notes = factor(H, options.damp)
+    if dead.any():
+        notes += (f"{int(dead.sum())} of {len(dead)} input channels are never active",)
+    grid = fit_minmax(weight, config)
+    codes = _round_columns(weight, R, grid, order, config.width(weight.shape[1]), options.block_size)
+    return Solution(QuantizedTensor(codes, grid), damp, notes)
+
+
+def factor(H: Tensor, damp: float) -> tuple[Tensor, float, tuple[str, ...]]:
+    """R upper triangular with R R^T = H + damp * mean(diag H) * I.
+
+    If float32 finds H not positive definite, float64 is tried, then ten times the damping, and so on.
+
+    Returns:
+        R in H's dtype, the damping used, and a note for every retry.
+    """
+    notes: tuple[str, ...] = ()
+    mean = H.diagonal().double().mean()
+    while True:
+        for dtype in (H.dtype, torch.float64):
+            flipped = H.flip(0, 1).to(dtype)
+            flipped.diagonal().add_((damp * mean).to(dtype))
+            lower, failed = torch.linalg.cholesky_ex(flipped)
+            if not failed.item() and torch.isfinite(lower.diagonal()).all():
+                return lower.flip(0, 1).to(H.dtype), damp, notes
+            if dtype != torch.float64:
+                notes += (f"Cholesky failed in float32 at damping {damp:g}; retried in float64",)
+        damp = max(10 * damp, 1e-4)
+        notes += (f"Cholesky failed in float64; damping raised to {damp:g}",)
+
+
+def _round_columns(weight: Tensor, R: Tensor, grid: Grid, order: Tensor, width: int, block_size: int) -> Tensor:
+    """The column loop, left-looking: each block first receives the errors of all columns before it as one GEMM.
+
+    Works on transposed tensors, (in, out), so that a column of W is a contiguous row.
+    """
+    columns = weight.T[order].contiguous()  # (in, out)
+    groups = order // width
+    scales, zeros = grid.scales.T.contiguous(), grid.zeros.T.float().contiguous()  # (groups, out)
+    ratio = R / R.diagonal()  # R_kj / R_jj
+    errors = torch.empty_like(columns)  # w_k - q_k
+    codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
+    for start in range(0, len(columns), block_size):
+        end = min(start + block_size, len(columns))
+        block = columns[start:end].clone()
+        if start:
+            block.addmm_(ratio[:start, start:end].T, errors[:start])
+        block_scales, block_zeros = scales[groups[start:end]], zeros[groups[start:end]]
+        _round_block(block, columns[start:end], ratio[start:end, start:end], block_scales, block_zeros, grid.max_code)
+        codes[start:end] = block.to(torch.uint8)
+        errors[start:end] = columns[start:end] - block_scales * (block - block_zeros)
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.T.contiguous()
+
+
+def _round_block(values: Tensor, original: Tensor, ratio: Tensor, scales: Tensor, zeros: Tensor, max_code: int) -> None:
+    """Round the columns of one block in turn; `values` (block, out) holds v_j on entry and the codes on return."""
+    inverse_scales = 1 / scales
+    errors = torch.empty_like(values)
+    for j in range(len(values)):
+        value = values[j]
+        if j:
+            value.addmv_(errors[:j].T, ratio[:j, j])
+        value.mul_(inverse_scales[j]).round_().add_(zeros[j]).clamp_(0, max_code)
+        torch.sub(value, zeros[j], out=errors[j]).mul_(scales[j]).neg_().add_(original[j])
