@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 def token_windows(
-    tokenize: Callable[[str], list[int]], documents: Iterable[str], num_samples: int, seq_len: int, seed: int = 0
+    tokenize: Callable[[str], list[int]],
+    documents: Iterable[str],
+    num_samples: int,
+    seq_len: int,
+    seed: int = 0,
 ) -> Tensor:
     """Choose windows at random, without overlap.
 
@@ -39,7 +43,8 @@ def token_windows(
         raise ValueError(f"calibration text: {len(stream)} tokens are fewer than one window of {seq_len}")
     if available < num_samples:
         warnings.warn(
-            f"calibration text holds {available} windows of {seq_len} tokens, not {num_samples}; using all", stacklevel=2
+            f"calibration text holds {available} windows of {seq_len} tokens, not {num_samples}; using all",
+            stacklevel=2,
         )
     windows = torch.tensor(stream[: available * seq_len]).view(available, seq_len)
     chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]

@@ -43,6 +43,19 @@ class EvalResult:
     scored_tokens: int
     reference: Comparison | None = None
 
+    def summary(self) -> str:
+        """The numbers as lines of text."""
+        lines = [f"perplexity {self.perplexity:.4f}"]
+        if self.reference is not None:
+            r = self.reference
+            lines += [
+                f"float      {r.perplexity:.4f}   (quantized / float {r.ratio:.4f}; difference of the mean "
+                f"log-likelihood {r.nll_difference:.5f} +- {r.nll_difference_standard_error:.5f})",
+                f"KL         {r.kl_mean:.5f} mean, {r.kl_99th_percentile:.5f} 99th percentile",
+                f"top-1      {r.top1_agreement:.2%} agreement",
+            ]
+        return "\n".join(lines)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -68,7 +81,9 @@ def evaluate(
     """
     total = len(ids) // window if window > 1 else 0
     if not total:
-        raise ValueError(f"evaluation text: {len(ids)} tokens are fewer than one window of {window}; use --window")
+        raise ValueError(
+            f"evaluation text: {len(ids)} tokens are fewer than one window of {window}; use --window"
+        )
     if int(ids.max()) >= model.config.vocab_size:
         raise ValueError(
             f"evaluation text: token id {int(ids.max())} is outside the model's vocabulary of {model.config.vocab_size}"

@@ -40,7 +40,9 @@ def load_quantized(
     """
     reader = CheckpointReader(Path(path))
     if not is_quantized(reader):
-        raise ValueError(f"{path}: not a quantized checkpoint; make one with: python cli.py quantize --model {path}")
+        raise ValueError(
+            f"{path}: not a quantized checkpoint; make one with: python cli.py quantize --model {path}"
+        )
     return load_model(path, device, dtype, backend), load_tokenizer(Path(path))
 
 
@@ -49,7 +51,9 @@ def is_quantized(reader: CheckpointReader) -> bool:
     return any(form.matches(reader) for form in FORMATS.values())
 
 
-def load_model(path: str | Path, device: str = "auto", dtype: str = "auto", backend: str | None = None) -> Llama:
+def load_model(
+    path: str | Path, device: str = "auto", dtype: str = "auto", backend: str | None = None
+) -> Llama:
     """Load a float or quantized checkpoint; arguments and errors as in `load_quantized`."""
     reader = CheckpointReader(Path(path))
     config = LlamaConfig.from_dict(reader.config)
@@ -68,7 +72,9 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto", back
         model.lm_head.weight = model.model.embed_tokens.weight
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
-        raise ValueError(f"{path}: tensor {missing[0]} is missing from the checkpoint ({len(missing)} in all)")
+        raise ValueError(
+            f"{path}: tensor {missing[0]} is missing from the checkpoint ({len(missing)} in all)"
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -88,7 +94,9 @@ def _put_plain(model: Llama, name: str, tensor: Tensor, device: torch.device) ->
         module = model.get_submodule(module_name)
         expected = getattr(module, attribute)
     except AttributeError:
-        raise ValueError(f"{name}: the checkpoint has a tensor that a Llama of this config.json has not") from None
+        raise ValueError(
+            f"{name}: the checkpoint has a tensor that a Llama of this config.json has not"
+        ) from None
     if isinstance(expected, Tensor) and expected.shape != tensor.shape:
         raise ValueError(
             f"{name}: shape {tuple(tensor.shape)} in the file, {tuple(expected.shape)} by config.json; one is wrong"
@@ -102,7 +110,9 @@ def _put_quantized(model: Llama, name: str, qt: QuantizedTensor, backend: str, d
     old = model.get_submodule(name)
     expected = tuple(old.weight.shape)
     if tuple(qt.codes.shape) != expected:
-        raise ValueError(f"{name}: shape {tuple(qt.codes.shape)} in the file, {expected} by config.json; one is wrong")
+        raise ValueError(
+            f"{name}: shape {tuple(qt.codes.shape)} in the file, {expected} by config.json; one is wrong"
+        )
     linear = QuantLinear(qt, None, backend, device)
     linear.bias = old.bias
     setattr(model.get_submodule(parent_name), attribute, linear)

@@ -16,8 +16,7 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `path` exists and `overwrite` is False.
     """
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path}: exists already; choose another --output or pass --overwrite")
+    refuse_existing(path, overwrite)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -31,6 +30,12 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
             partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raise FileExistsError if `path` exists and may not be replaced."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: exists already; choose another --output or pass --overwrite")
 
 
 def remember(path: Path) -> None:
@@ -48,10 +53,14 @@ def last_output() -> Path:
     """
     note = _note_path()
     if not note.is_file():
-        raise ValueError("no --model given and nothing quantized yet; make one with: python cli.py quantize --bits 4")
+        raise ValueError(
+            "no --model given and nothing quantized yet; make one with: python cli.py quantize --bits 4"
+        )
     path = Path(note.read_text())
     if not path.is_dir():
-        raise ValueError(f"{path}: the last quantized checkpoint is gone; pass --model or run: python cli.py quantize")
+        raise ValueError(
+            f"{path}: the last quantized checkpoint is gone; pass --model or run: python cli.py quantize"
+        )
     return path
 
 

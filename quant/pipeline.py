@@ -129,6 +129,16 @@ def check_shapes(llama: LlamaConfig, config: QuantConfig) -> None:
             )
 
 
+def fitting_group_size(llama: LlamaConfig, group_size: int) -> int:
+    """The group size asked for where it divides every linear, else 64 or 32 where one of these does."""
+    widths = {in_features for _, in_features in linear_shapes(llama).values()}
+    smaller = [size for size in (64, 32) if size < group_size]
+    for size in (group_size, *smaller):
+        if size == -1 or (size > 0 and all(width % size == 0 for width in widths)):
+            return size
+    return group_size  # check_shapes names the linear that it does not divide
+
+
 def linear_shapes(llama: LlamaConfig) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of the seven linears of a layer, by name."""
     with torch.device("meta"):
@@ -139,7 +149,9 @@ def linear_shapes(llama: LlamaConfig) -> dict[str, tuple[int, int]]:
 def _checked_mask(windows: Tensor, attention_mask: Tensor | None, llama: LlamaConfig) -> Tensor | None:
     """The mask as bool, after checking that windows are ids of this model and padding is on the right."""
     if windows.dim() != 2 or not windows.numel():
-        raise ValueError(f"calibration windows: shape {tuple(windows.shape)}, expected (windows, tokens), not empty")
+        raise ValueError(
+            f"calibration windows: shape {tuple(windows.shape)}, expected (windows, tokens), not empty"
+        )
     if int(windows.max()) >= llama.vocab_size or int(windows.min()) < 0:
         raise ValueError(
             f"calibration windows: token id {int(windows.max())} is outside the model's vocabulary of "
@@ -149,7 +161,9 @@ def _checked_mask(windows: Tensor, attention_mask: Tensor | None, llama: LlamaCo
         return None
     mask = attention_mask.bool()
     if mask.shape != windows.shape:
-        raise ValueError(f"attention_mask: shape {tuple(mask.shape)}, but windows have {tuple(windows.shape)}")
+        raise ValueError(
+            f"attention_mask: shape {tuple(mask.shape)}, but windows have {tuple(windows.shape)}"
+        )
     if not torch.equal(mask, mask.long().cummin(dim=1).values.bool()):
         raise ValueError("attention_mask: padding must be on the right of each window")
     return mask
@@ -213,7 +227,9 @@ def _solve_group(
         error = relative_error(weight, dense, hessian)
         rtn_error = relative_error(weight, plain.tensor.rows(rows).dequantize(), hessian)
         reports.append(
-            LinearReport(prefix + name, error, rtn_error, solution.damp, tokens, weight.shape[1], solution.notes)
+            LinearReport(
+                prefix + name, error, rtn_error, solution.damp, tokens, weight.shape[1], solution.notes
+            )
         )
         run.writer.add_quantized(prefix + name, qt)
         run.digests[prefix + name] = _digest(qt)
@@ -244,4 +260,6 @@ def _verify(folder: Path, digests: dict[str, str]) -> None:
             seen[name] = _digest(value)
     different = sorted(name for name in digests if seen.get(name) != digests[name])
     if different:
-        raise OSError(f"{folder}: read back, {different[0]} differs from what was written; the disk is not reliable")
+        raise OSError(
+            f"{folder}: read back, {different[0]} differs from what was written; the disk is not reliable"
+        )

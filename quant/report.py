@@ -82,13 +82,26 @@ class Report:
             calibration=shape,
             seconds=round(time.perf_counter() - start, 2),
             peak_memory_bytes=peak_memory_bytes(),
-            versions={"llama-gptq": _own_version(), "torch": torch.__version__, "python": platform.python_version()},
+            versions={
+                "llama-gptq": _own_version(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
             linears=tuple(linears),
         )
 
     @property
     def warnings(self) -> list[str]:
         return [line for linear in self.linears for line in linear.warnings]
+
+    def summary(self) -> str:
+        """The run in one line."""
+        mine = sum(linear.relative_error for linear in self.linears) / len(self.linears)
+        plain = sum(linear.rtn_relative_error for linear in self.linears) / len(self.linears)
+        memory = (
+            "" if self.peak_memory_bytes is None else f", peak memory {self.peak_memory_bytes / 1e9:.2f} GB"
+        )
+        return f"mean relative error {mine:.5f} (round-to-nearest {plain:.5f}), {self.seconds:.1f} s{memory}"
 
     def write(self, folder: Path) -> None:
         (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

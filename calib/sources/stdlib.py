@@ -13,7 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Tests, other programs that live in the same folder, and files that are tables rather than text.
-_SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "turtledemo", "encodings"}
+_SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "idle_test",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "turtledemo",
+    "encodings",
+}
 _SKIPPED |= {"ensurepip", "__pycache__", "pydoc_data", "config"}
 _SAMPLE = Path(__file__).with_name("sample.txt")
 
@@ -38,7 +48,9 @@ def documents(root: Path | None = None) -> Iterator[str]:
     """The text of every module that is not held out; a bundled sample where a Python comes without sources."""
     found = [path for name, path in modules(root) if not is_held_out(name)]
     if not found:
-        warnings.warn("this Python comes without its sources; calibrating on a small bundled text", stacklevel=2)
+        warnings.warn(
+            "this Python comes without its sources; calibrating on a small bundled text", stacklevel=2
+        )
         found = [_SAMPLE]
     for path in found:
         yield path.read_text(encoding="utf-8", errors="replace")

@@ -48,7 +48,9 @@ def generate(
     if not ids:
         raise ValueError("generate: the prompt holds no tokens")
     if max(ids) >= model.config.vocab_size:
-        raise ValueError(f"generate: token id {max(ids)} is outside the model's vocabulary of {model.config.vocab_size}")
+        raise ValueError(
+            f"generate: token id {max(ids)} is outside the model's vocabulary of {model.config.vocab_size}"
+        )
     sampling = sampling or Sampling()
     embedding = model.model.embed_tokens.weight
     cache = KVCache(model.config, 1, len(ids) + max_new_tokens, embedding.device, compute_dtype(embedding))

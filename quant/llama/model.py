@@ -103,14 +103,10 @@ def _refuse_other_models(raw: Mapping[str, Any]) -> None:
         )
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
-        raise ValueError(
-            f"config.json: hidden_act {activation!r} is not supported; Llama 2 uses 'silu'"
-        )
+        raise ValueError(f"config.json: hidden_act {activation!r} is not supported; Llama 2 uses 'silu'")
     for name in _REQUIRED:
         if not isinstance(raw.get(name), int) or raw[name] <= 0:
-            raise ValueError(
-                f"config.json: {name} is {raw.get(name)!r}; it must be a positive integer"
-            )
+            raise ValueError(f"config.json: {name} is {raw.get(name)!r}; it must be a positive integer")
 
 
 def _rope_settings(raw: Mapping[str, Any]) -> tuple[float, str, float]:
@@ -184,15 +180,11 @@ class RMSNorm(nn.Module):
         return wide.to(x.dtype) * self.weight.to(x.dtype)
 
 
-def rotary(
-    config: LlamaConfig, start: int, end: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def rotary(config: LlamaConfig, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin (T, D), float32, for the positions start..end-1."""
     base, dim = config.rope_theta, config.head_dim
     if config.rope_type == "dynamic" and end > config.max_position_embeddings:
-        stretch = config.rope_factor * end / config.max_position_embeddings - (
-            config.rope_factor - 1
-        )
+        stretch = config.rope_factor * end / config.max_position_embeddings - (config.rope_factor - 1)
         base = base * stretch ** (dim / (dim - 2))
     inverse = 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     if config.rope_type == "linear":

@@ -1,0 +1,55 @@
+"""What a run looks like: a progress bar on a terminal, a line per layer elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from quant.llama.model import LINEAR_GROUPS
+from quant.pipeline import Step
+
+
+class StepPrinter:
+    """Shows layer, stage, time and the mean relative error so far; call it with each Step."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._console = Console(stderr=True)
+        self._start = time.perf_counter()
+        self._errors: list[float] = []
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            f"layer 1/{num_layers}", total=num_layers * len(LINEAR_GROUPS), note=""
+        )
+
+    def __enter__(self) -> StepPrinter:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, step: Step) -> None:
+        self._errors += [linear.relative_error for linear in step.linears]
+        mean = sum(self._errors) / len(self._errors)
+        stage = " ".join(linear.name.rpartition(".")[2] for linear in step.linears)
+        label = f"layer {step.layer + 1}/{step.num_layers}"
+        self._bar.update(self._task, advance=1, description=label, note=f"{stage}  relative error {mean:.5f}")
+        if not self._console.is_terminal and stage.endswith("down_proj"):
+            elapsed = time.perf_counter() - self._start
+            remaining = elapsed / (step.layer + 1) * (step.num_layers - step.layer - 1)
+            self._console.print(
+                f"{label}  relative error {mean:.5f}  {elapsed:.0f} s, about {remaining:.0f} s left"
+            )
