@@ -60,9 +60,7 @@ def quantize(
     output: Annotated[
         Path | None, typer.Option(help="Folder to make. Default: MODEL-wBITS-gGROUP.", rich_help_panel=INPUT)
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace the folder if it exists.", rich_help_panel=INPUT)
-    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the folder if it exists.", rich_help_panel=INPUT)] = False,
     bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.", rich_help_panel=GRID)] = 4,
     group_size: Annotated[
         int, typer.Option(help="Inputs per scale: a multiple of 32, or -1 for rows.", rich_help_panel=GRID)
@@ -80,22 +78,14 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Windows of text.", rich_help_panel=CALIBRATION)] = 128,
     seq_len: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens per window. Default: 2048, or the model's limit.", rich_help_panel=CALIBRATION
-        ),
+        typer.Option(help="Tokens per window. Default: 2048, or the model's limit.", rich_help_panel=CALIBRATION),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the choice of windows.", rich_help_panel=CALIBRATION)
-    ] = 0,
-    solver: Annotated[
-        str, typer.Option(help="gptq or rtn (round to nearest).", rich_help_panel=SOLVING)
-    ] = "gptq",
+    seed: Annotated[int, typer.Option(help="Seed of the choice of windows.", rich_help_panel=CALIBRATION)] = 0,
+    solver: Annotated[str, typer.Option(help="gptq or rtn (round to nearest).", rich_help_panel=SOLVING)] = "gptq",
     act_order: Annotated[
         bool, typer.Option(help="Most active inputs first; free at run time.", rich_help_panel=SOLVING)
     ] = True,
-    damp: Annotated[
-        float, typer.Option(help="Fraction of the mean diagonal.", rich_help_panel=SOLVING)
-    ] = 0.01,
+    damp: Annotated[float, typer.Option(help="Fraction of the mean diagonal.", rich_help_panel=SOLVING)] = 0.01,
     device: Device = "auto",
 ) -> None:
     """Quantize a float checkpoint, layer by layer, into a folder that GPTQ readers load."""
@@ -125,11 +115,10 @@ def quantize(
         raise ValueError(f"solver {solver!r} is unknown; there are {', '.join(SOLVERS)}")
     options = GPTQOptions(act_order, damp) if solver == "gptq" else SOLVERS[solver][1]()
     length = seq_len or min(2048, llama.max_position_embeddings)
-    windows = token_windows(
-        load_tokenizer(model).encode, documents(calib or ["stdlib"]), samples, length, seed
-    )
+    windows = token_windows(load_tokenizer(model).encode, documents(calib or ["stdlib"]), samples, length, seed)
     print(
-        f"quantizing {model} to {bits} bits, {group_name}, on {windows.numel()} tokens ({' '.join(calib or ['stdlib'])})"
+        f"quantizing {model} to {bits} bits, {group_name}, "
+        f"on {windows.numel()} tokens of {' '.join(calib or ['stdlib'])}"
     )
     with StepPrinter(llama.num_hidden_layers) as printer:
         report = quantize_checkpoint(
@@ -157,9 +146,7 @@ def evaluate_command(
     ppl: Annotated[bool, typer.Option("--ppl", help="Perplexity (also the default).")] = True,
     reference: Annotated[
         Path | None,
-        typer.Option(
-            help="Float checkpoint to compare with. Default: where it came from.", rich_help_panel=INPUT
-        ),
+        typer.Option(help="Float checkpoint to compare with. Default: where it came from.", rich_help_panel=INPUT),
     ] = None,
     data: Annotated[
         str | None,
@@ -168,9 +155,7 @@ def evaluate_command(
             rich_help_panel=INPUT,
         ),
     ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Tokens per window. Default: 2048, or the model's limit.")
-    ] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window. Default: 2048, or the model's limit.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
     device: Device = "auto",
 ) -> None:

@@ -70,9 +70,7 @@ def walk(
     yield from _walk_down(layer, hidden, mask, device)
 
 
-def _walk_down(
-    layer: Any, hidden: Tensor, mask: Tensor | None, device: torch.device | str
-) -> Iterator[Hessian]:
+def _walk_down(layer: Any, hidden: Tensor, mask: Tensor | None, device: torch.device | str) -> Iterator[Hessian]:
     """The last stage: the Hessian of down_proj's input, then its product."""
     width = layer.mlp.config.intermediate_size
     keep = hidden.shape[0] * hidden.shape[1] * width * 4 <= KEEP_BYTES

@@ -35,8 +35,6 @@ class Hessian:
             ValueError: the sizes differ.
         """
         if self.matrix.shape != other.matrix.shape:
-            raise ValueError(
-                f"Hessians of {self.matrix.shape[0]} and {other.matrix.shape[0]} inputs cannot be merged"
-            )
+            raise ValueError(f"Hessians of {self.matrix.shape[0]} and {other.matrix.shape[0]} inputs cannot be merged")
         self.matrix += other.matrix
         self.tokens += other.tokens

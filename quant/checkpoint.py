@@ -109,9 +109,7 @@ class CheckpointReader:
             file = self.path / name
             if file.is_file():
                 return dict.fromkeys(self._open(file).keys(), file)
-        raise ValueError(
-            f"{self.path}: no weights; expected model.safetensors, its index, or pytorch_model*.bin"
-        )
+        raise ValueError(f"{self.path}: no weights; expected model.safetensors, its index, or pytorch_model*.bin")
 
     def _locate_by_index(self, index: Path) -> dict[str, Path]:
         weight_map = read_json(index).get("weight_map")

@@ -28,9 +28,7 @@ class QuantConfig:
         if self.bits not in BITS:
             raise ValueError(f"bits {self.bits} is not supported; choose one of {', '.join(map(str, BITS))}")
         if self.group_size != -1 and (self.group_size <= 0 or self.group_size % 32):
-            raise ValueError(
-                f"group_size {self.group_size} is not supported; choose a multiple of 32, or -1 for rows"
-            )
+            raise ValueError(f"group_size {self.group_size} is not supported; choose a multiple of 32, or -1 for rows")
 
     @property
     def max_code(self) -> int:

@@ -81,9 +81,7 @@ def evaluate(
     """
     total = len(ids) // window if window > 1 else 0
     if not total:
-        raise ValueError(
-            f"evaluation text: {len(ids)} tokens are fewer than one window of {window}; use --window"
-        )
+        raise ValueError(f"evaluation text: {len(ids)} tokens are fewer than one window of {window}; use --window")
     if int(ids.max()) >= model.config.vocab_size:
         raise ValueError(
             f"evaluation text: token id {int(ids.max())} is outside the model's vocabulary of {model.config.vocab_size}"

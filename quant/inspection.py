@@ -44,9 +44,7 @@ def describe(path: Path) -> dict[str, str]:
 def _cost(llama: LlamaConfig, linears: int, bytes_per_parameter: float) -> dict[str, str]:
     """What quantizing with the defaults takes."""
     group_size = fitting_group_size(llama, 128)
-    plain = (
-        (1 if llama.tie_word_embeddings else 2) * llama.vocab_size * llama.hidden_size * bytes_per_parameter
-    )
+    plain = (1 if llama.tie_word_embeddings else 2) * llama.vocab_size * llama.hidden_size * bytes_per_parameter
     layer = linears / llama.num_hidden_layers * 4
     widest = max(llama.intermediate_size, llama.hidden_size)
     hidden = _DEFAULT_TOKENS * (llama.hidden_size + llama.num_attention_heads * llama.head_dim) * 4

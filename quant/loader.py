@@ -16,7 +16,7 @@ from quant.formats import FORMATS
 from quant.grid import QuantizedTensor
 from quant.kernels import choose
 from quant.linear import QuantLinear
-from quant.llama.model import Llama, LlamaConfig
+from quant.llama.model import Linear, Llama, LlamaConfig
 from quant.llama.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -40,9 +40,7 @@ def load_quantized(
     """
     reader = CheckpointReader(Path(path))
     if not is_quantized(reader):
-        raise ValueError(
-            f"{path}: not a quantized checkpoint; make one with: python cli.py quantize --model {path}"
-        )
+        raise ValueError(f"{path}: not a quantized checkpoint; make one with: python cli.py quantize --model {path}")
     return load_model(path, device, dtype, backend), load_tokenizer(Path(path))
 
 
@@ -51,9 +49,7 @@ def is_quantized(reader: CheckpointReader) -> bool:
     return any(form.matches(reader) for form in FORMATS.values())
 
 
-def load_model(
-    path: str | Path, device: str = "auto", dtype: str = "auto", backend: str | None = None
-) -> Llama:
+def load_model(path: str | Path, device: str = "auto", dtype: str = "auto", backend: str | None = None) -> Llama:
     """Load a float or quantized checkpoint; arguments and errors as in `load_quantized`."""
     reader = CheckpointReader(Path(path))
     config = LlamaConfig.from_dict(reader.config)
@@ -69,12 +65,10 @@ def load_model(
         elif not name.endswith("rotary_emb.inv_freq"):
             _put_plain(model, name, value if dtype == "auto" else value.to(getattr(torch, dtype)), place)
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        model.tie()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
-        raise ValueError(
-            f"{path}: tensor {missing[0]} is missing from the checkpoint ({len(missing)} in all)"
-        )
+        raise ValueError(f"{path}: tensor {missing[0]} is missing from the checkpoint ({len(missing)} in all)")
     return model.eval().requires_grad_(False)
 
 
@@ -94,9 +88,7 @@ def _put_plain(model: Llama, name: str, tensor: Tensor, device: torch.device) ->
         module = model.get_submodule(module_name)
         expected = getattr(module, attribute)
     except AttributeError:
-        raise ValueError(
-            f"{name}: the checkpoint has a tensor that a Llama of this config.json has not"
-        ) from None
+        raise ValueError(f"{name}: the checkpoint has a tensor that a Llama of this config.json has not") from None
     if isinstance(expected, Tensor) and expected.shape != tensor.shape:
         raise ValueError(
             f"{name}: shape {tuple(tensor.shape)} in the file, {tuple(expected.shape)} by config.json; one is wrong"
@@ -108,11 +100,10 @@ def _put_quantized(model: Llama, name: str, qt: QuantizedTensor, backend: str, d
     """Replace the linear of that name by a QuantLinear; its bias is kept."""
     parent_name, _, attribute = name.rpartition(".")
     old = model.get_submodule(name)
+    assert isinstance(old, Linear)
     expected = tuple(old.weight.shape)
     if tuple(qt.codes.shape) != expected:
-        raise ValueError(
-            f"{name}: shape {tuple(qt.codes.shape)} in the file, {expected} by config.json; one is wrong"
-        )
+        raise ValueError(f"{name}: shape {tuple(qt.codes.shape)} in the file, {expected} by config.json; one is wrong")
     linear = QuantLinear(qt, None, backend, device)
     linear.bias = old.bias
     setattr(model.get_submodule(parent_name), attribute, linear)

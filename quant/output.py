@@ -53,14 +53,10 @@ def last_output() -> Path:
     """
     note = _note_path()
     if not note.is_file():
-        raise ValueError(
-            "no --model given and nothing quantized yet; make one with: python cli.py quantize --bits 4"
-        )
+        raise ValueError("no --model given and nothing quantized yet; make one with: python cli.py quantize --bits 4")
     path = Path(note.read_text())
     if not path.is_dir():
-        raise ValueError(
-            f"{path}: the last quantized checkpoint is gone; pass --model or run: python cli.py quantize"
-        )
+        raise ValueError(f"{path}: the last quantized checkpoint is gone; pass --model or run: python cli.py quantize")
     return path
 
 

@@ -143,15 +143,17 @@ def linear_shapes(llama: LlamaConfig) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of the seven linears of a layer, by name."""
     with torch.device("meta"):
         layer = DecoderLayer(llama)
-    return {name: tuple(layer.get_submodule(name).weight.shape) for group in LINEAR_GROUPS for name in group}  # type: ignore[misc]
+    return {
+        name: (layer.linear(name).out_features, layer.linear(name).in_features)
+        for group in LINEAR_GROUPS
+        for name in group
+    }
 
 
 def _checked_mask(windows: Tensor, attention_mask: Tensor | None, llama: LlamaConfig) -> Tensor | None:
     """The mask as bool, after checking that windows are ids of this model and padding is on the right."""
     if windows.dim() != 2 or not windows.numel():
-        raise ValueError(
-            f"calibration windows: shape {tuple(windows.shape)}, expected (windows, tokens), not empty"
-        )
+        raise ValueError(f"calibration windows: shape {tuple(windows.shape)}, expected (windows, tokens), not empty")
     if int(windows.max()) >= llama.vocab_size or int(windows.min()) < 0:
         raise ValueError(
             f"calibration windows: token id {int(windows.max())} is outside the model's vocabulary of "
@@ -161,9 +163,7 @@ def _checked_mask(windows: Tensor, attention_mask: Tensor | None, llama: LlamaCo
         return None
     mask = attention_mask.bool()
     if mask.shape != windows.shape:
-        raise ValueError(
-            f"attention_mask: shape {tuple(mask.shape)}, but windows have {tuple(windows.shape)}"
-        )
+        raise ValueError(f"attention_mask: shape {tuple(mask.shape)}, but windows have {tuple(windows.shape)}")
     if not torch.equal(mask, mask.long().cummin(dim=1).values.bool()):
         raise ValueError("attention_mask: padding must be on the right of each window")
     return mask
@@ -214,7 +214,7 @@ def _solve_group(
     run: _Run, layer: DecoderLayer, prefix: str, group: tuple[str, ...], hessian: Tensor, tokens: int
 ) -> list[LinearReport]:
     """Solve the linears of one group as one stack of rows; write the codes, put their values into the layer."""
-    weights = [layer.get_submodule(name).weight for name in group]
+    weights: list[Tensor] = [layer.linear(name).weight for name in group]
     stack = torch.cat(weights) if len(weights) > 1 else weights[0]
     solution = SOLVERS[run.solver][0](stack, hessian, run.config, run.options)
     plain = round_to_nearest(stack, hessian, run.config, SOLVERS["rtn"][1]())
@@ -227,9 +227,7 @@ def _solve_group(
         error = relative_error(weight, dense, hessian)
         rtn_error = relative_error(weight, plain.tensor.rows(rows).dequantize(), hessian)
         reports.append(
-            LinearReport(
-                prefix + name, error, rtn_error, solution.damp, tokens, weight.shape[1], solution.notes
-            )
+            LinearReport(prefix + name, error, rtn_error, solution.damp, tokens, weight.shape[1], solution.notes)
         )
         run.writer.add_quantized(prefix + name, qt)
         run.digests[prefix + name] = _digest(qt)
@@ -260,6 +258,4 @@ def _verify(folder: Path, digests: dict[str, str]) -> None:
             seen[name] = _digest(value)
     different = sorted(name for name in digests if seen.get(name) != digests[name])
     if different:
-        raise OSError(
-            f"{folder}: read back, {different[0]} differs from what was written; the disk is not reliable"
-        )
+        raise OSError(f"{folder}: read back, {different[0]} differs from what was written; the disk is not reliable")

@@ -28,9 +28,7 @@ class StepPrinter:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task(
-            f"layer 1/{num_layers}", total=num_layers * len(LINEAR_GROUPS), note=""
-        )
+        self._task = self._bar.add_task(f"layer 1/{num_layers}", total=num_layers * len(LINEAR_GROUPS), note="")
 
     def __enter__(self) -> StepPrinter:
         self._bar.start()
@@ -50,6 +48,4 @@ class StepPrinter:
         if not self._console.is_terminal and stage.endswith("down_proj"):
             elapsed = time.perf_counter() - self._start
             remaining = elapsed / (step.layer + 1) * (step.num_layers - step.layer - 1)
-            self._console.print(
-                f"{label}  relative error {mean:.5f}  {elapsed:.0f} s, about {remaining:.0f} s left"
-            )
+            self._console.print(f"{label}  relative error {mean:.5f}  {elapsed:.0f} s, about {remaining:.0f} s left")

@@ -98,9 +98,7 @@ class Report:
         """The run in one line."""
         mine = sum(linear.relative_error for linear in self.linears) / len(self.linears)
         plain = sum(linear.rtn_relative_error for linear in self.linears) / len(self.linears)
-        memory = (
-            "" if self.peak_memory_bytes is None else f", peak memory {self.peak_memory_bytes / 1e9:.2f} GB"
-        )
+        memory = "" if self.peak_memory_bytes is None else f", peak memory {self.peak_memory_bytes / 1e9:.2f} GB"
         return f"mean relative error {mine:.5f} (round-to-nearest {plain:.5f}), {self.seconds:.1f} s{memory}"
 
     def write(self, folder: Path) -> None:

@@ -48,9 +48,7 @@ def documents(root: Path | None = None) -> Iterator[str]:
     """The text of every module that is not held out; a bundled sample where a Python comes without sources."""
     found = [path for name, path in modules(root) if not is_held_out(name)]
     if not found:
-        warnings.warn(
-            "this Python comes without its sources; calibrating on a small bundled text", stacklevel=2
-        )
+        warnings.warn("this Python comes without its sources; calibrating on a small bundled text", stacklevel=2)
         found = [_SAMPLE]
     for path in found:
         yield path.read_text(encoding="utf-8", errors="replace")

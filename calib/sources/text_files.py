@@ -23,9 +23,7 @@ def documents(paths: Sequence[Path]) -> Iterator[str]:
         elif path.is_file():
             files = [path]
         else:
-            raise ValueError(
-                f"{path}: no such file; give a text file, or one of the sources stdlib, wikitext2, c4"
-            )
+            raise ValueError(f"{path}: no such file; give a text file, or one of the sources stdlib, wikitext2, c4")
         for file in files:
             yield from _read(file)
 
@@ -44,9 +42,7 @@ def _read(file: Path) -> Iterator[str]:
             raise ValueError(f"{file}: is empty")
         yield text
     else:
-        raise ValueError(
-            f"{file}: ending {file.suffix!r} is not supported; use one of {', '.join(_SUFFIXES)}"
-        )
+        raise ValueError(f"{file}: ending {file.suffix!r} is not supported; use one of {', '.join(_SUFFIXES)}")
 
 
 def _read_jsonl(file: Path) -> Iterator[str]:

@@ -86,17 +86,15 @@ def write_text_files(output: Path) -> None:
     (output / "config.json").write_text(json.dumps(GEOMETRY, indent=1) + "\n")
     ids = {"bos_token_id": 1, "eos_token_id": 2}
     (output / "generation_config.json").write_text(json.dumps(ids, indent=1) + "\n")
-    tokenizer = {
+    tokenizer: dict[str, object] = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
     }
-    tokenizer |= {"add_bos_token": True, "add_eos_token": False, "legacy": False}
+    tokenizer.update({"add_bos_token": True, "add_eos_token": False, "legacy": False})
     (output / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=1) + "\n")
-    (output / "heldout.txt").write_text(
-        "\n\n".join(read(held_out=True))[:HELD_OUT_CHARACTERS], encoding="utf-8"
-    )
+    (output / "heldout.txt").write_text("\n\n".join(read(held_out=True))[:HELD_OUT_CHARACTERS], encoding="utf-8")
 
 
 def orthogonalise(update: Tensor) -> Tensor:
@@ -135,9 +133,7 @@ def held_out_loss(model: Llama, ids: Tensor, window: int = 512, windows: int = 4
     return sum(losses) / len(losses)
 
 
-def train(
-    model: Llama, tokens: Tensor, held_out: Tensor, minutes: float, length: int = 256, batch: int = 16
-) -> None:
+def train(model: Llama, tokens: Tensor, held_out: Tensor, minutes: float, length: int = 256, batch: int = 16) -> None:
     """Train for `minutes` on random windows of `length` tokens."""
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     chosen = {id(p) for p in matrices}
@@ -169,9 +165,7 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30, help="training time")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
@@ -183,9 +177,7 @@ def main() -> None:
     held_out = torch.tensor([1, *tokenizer.encode((args.output / "heldout.txt").read_text(encoding="utf-8"))])
     torch.manual_seed(0)
     model = Llama(LlamaConfig.from_dict(GEOMETRY))
-    print(
-        f"{len(tokens) / 1e6:.2f}M tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
-    )
+    print(f"{len(tokens) / 1e6:.2f}M tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
     train(model, tokens, held_out, args.minutes)
     print(f"final held-out perplexity {math.exp(held_out_loss(model, held_out)):.3f}")
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}

@@ -95,14 +95,10 @@ def stored_config(reader: CheckpointReader) -> dict[str, Any]:
     file = reader.path / "quantize_config.json"
     stored = reader.config.get("quantization_config") or (read_json(file) if file.is_file() else None)
     if not stored:
-        raise ValueError(
-            f"{reader.path}: neither config.json nor quantize_config.json has quantization settings"
-        )
+        raise ValueError(f"{reader.path}: neither config.json nor quantize_config.json has quantization settings")
     method = stored.get("quant_method") or stored.get("method") or "gptq"
     if method != "gptq":
-        raise ValueError(
-            f"{reader.path}: quantization method {method!r} is not supported; supported is 'gptq'"
-        )
+        raise ValueError(f"{reader.path}: quantization method {method!r} is not supported; supported is 'gptq'")
     return stored
 
 
@@ -135,9 +131,7 @@ def _read_one(reader: CheckpointReader, module: str, config: QuantConfig, versio
     groups, out_features = scales.shape
     in_features = words.shape[0] * 32 // config.bits
     if words.shape[1] != out_features:
-        raise ValueError(
-            f"{module}: qweight has {words.shape[1]} outputs, scales {out_features}; one is damaged"
-        )
+        raise ValueError(f"{module}: qweight has {words.shape[1]} outputs, scales {out_features}; one is damaged")
     codes = unpack(words, config.bits, in_features).T.contiguous()
     zeros = unpack(reader.tensor(f"{module}.qzeros").T, config.bits, out_features)  # (N, G)
     half = 2 ** (config.bits - 1)

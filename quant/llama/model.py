@@ -158,6 +158,7 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.randn(out_features, in_features) * in_features**-0.5)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
@@ -267,6 +268,12 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def linear(self, name: str) -> Linear:
+        """The float linear of a name in LINEAR_GROUPS."""
+        module = self.get_submodule(name)
+        assert isinstance(module, Linear)
+        return module
+
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -299,7 +306,11 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.tie()
+
+    def tie(self) -> None:
+        """Let the head use the embedding's weight."""
+        self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) int64 -> logits (B, T, vocab_size) float32; with a cache, ids follow the cached tokens."""

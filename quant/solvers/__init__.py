@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
-from quant.solvers import gptq, rtn
+from collections.abc import Callable
+from typing import Any
 
-SOLVERS = {
+from quant.solvers import gptq, rtn
+from quant.solvers.loss import Solution
+
+SOLVERS: dict[str, tuple[Callable[..., Solution], Any]] = {
     "gptq": (gptq.solve, gptq.GPTQOptions),
     "rtn": (rtn.solve, rtn.RTNOptions),
 }

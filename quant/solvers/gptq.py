@@ -43,9 +43,7 @@ class GPTQOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp < 1:
-            raise ValueError(
-                f"damp {self.damp} is out of range; it is a fraction of the mean diagonal, 0 <= damp < 1"
-            )
+            raise ValueError(f"damp {self.damp} is out of range; it is a fraction of the mean diagonal, 0 <= damp < 1")
 
 
 def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Solution:
@@ -66,9 +64,7 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpt
     H = hessian.clone()
     diagonal = H.diagonal()
     dead = diagonal <= 0
-    diagonal[dead] = diagonal.mean().clamp(
-        min=1e-12
-    )  # a channel that is never active: round it, spread nothing
+    diagonal[dead] = diagonal.mean().clamp(min=1e-12)  # a channel that is never active: round it, spread nothing
     order = torch.arange(len(H), device=H.device)
     if options.act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -104,9 +100,7 @@ def factor(H: Tensor, damp: float) -> tuple[Tensor, float, tuple[str, ...]]:
         notes += (f"Cholesky failed in float64; damping raised to {damp:g}",)
 
 
-def _round_columns(
-    weight: Tensor, R: Tensor, grid: Grid, order: Tensor, width: int, block_size: int
-) -> Tensor:
+def _round_columns(weight: Tensor, R: Tensor, grid: Grid, order: Tensor, width: int, block_size: int) -> Tensor:
     """The column loop, left-looking: each block first receives the errors of all columns before it as one GEMM.
 
     Works on transposed tensors, (in, out), so that a column of W is a contiguous row.
@@ -123,9 +117,7 @@ def _round_columns(
         if start:
             block.addmm_(ratio[:start, start:end].T, errors[:start])
         block_scales, block_zeros = scales[groups[start:end]], zeros[groups[start:end]]
-        _round_block(
-            block, columns[start:end], ratio[start:end, start:end], block_scales, block_zeros, grid.max_code
-        )
+        _round_block(block, columns[start:end], ratio[start:end, start:end], block_scales, block_zeros, grid.max_code)
         codes[start:end] = block.to(torch.uint8)
         errors[start:end] = columns[start:end] - block_scales * (block - block_zeros)
     result = torch.empty_like(codes)
@@ -133,9 +125,7 @@ def _round_columns(
     return result.T.contiguous()
 
 
-def _round_block(
-    values: Tensor, original: Tensor, ratio: Tensor, scales: Tensor, zeros: Tensor, max_code: int
-) -> None:
+def _round_block(values: Tensor, original: Tensor, ratio: Tensor, scales: Tensor, zeros: Tensor, max_code: int) -> None:
     """Round the columns of one block in turn; `values` (block, out) holds v_j on entry and the codes on return."""
     inverse_scales = 1 / scales
     errors = torch.empty_like(values)

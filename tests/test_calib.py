@@ -1,0 +1,139 @@
+"""pytest tests/test_calib.py: windows, Hessians, sources, and the walk over a layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from calib import capture
+from calib.hessian import Hessian
+from calib.sampling import token_windows
+from calib.sources import SOURCES, documents, stdlib
+from quant.llama.model import LINEAR_GROUPS, DecoderLayer, LlamaConfig
+
+
+def words(text: str) -> list[int]:
+    return [int(word) for word in text.split()]
+
+
+def test_windows_are_packed_without_overlap_and_seeded() -> None:
+    texts = [" ".join(map(str, range(start, start + 50))) for start in range(0, 500, 50)]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    windows = token_windows(words, texts, 5, 40, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is not touched
+    assert windows.shape == (5, 40) and windows.dtype == torch.int64
+    assert all(torch.equal(row, torch.arange(row[0], row[0] + 40)) and row[0] % 40 == 0 for row in windows)
+    assert torch.equal(windows, token_windows(words, texts, 5, 40, seed=1))
+    assert not torch.equal(windows, token_windows(words, texts, 5, 40, seed=2))
+
+
+def test_too_little_text() -> None:
+    with pytest.warns(UserWarning, match="holds 2 windows of 40 tokens, not 5"):
+        assert token_windows(words, ["1 " * 85], 5, 40).shape == (2, 40)
+    with pytest.raises(ValueError, match="39 tokens are fewer than one window of 40"):
+        token_windows(words, ["1 " * 39], 5, 40)
+    with pytest.raises(ValueError, match="at least 1 and 2"):
+        token_windows(words, ["1"], 0, 40)
+
+
+def test_hessian_is_the_sum_over_kept_tokens() -> None:
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(3, 5) > 0.5
+    whole, first, second = Hessian(8), Hessian(8), Hessian(8)
+    whole.add(x, mask)
+    kept = x[mask].double()
+    assert whole.tokens == len(kept)
+    assert torch.allclose(whole.matrix.double(), kept.T @ kept, rtol=1e-6, atol=1e-6)
+    first.add(x[:1], mask[:1])
+    second.add(x[1:].bfloat16(), mask[1:])
+    first.merge(second)
+    assert first.tokens == whole.tokens and torch.allclose(first.matrix, whole.matrix, atol=0.2)
+    with pytest.raises(ValueError, match="Hessians of 8 and 9 inputs"):
+        whole.merge(Hessian(9))
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 30])
+def test_walk_computes_the_layer_and_sees_replaced_weights(monkeypatch: pytest.MonkeyPatch, keep_bytes: int) -> None:
+    monkeypatch.setattr(capture, "KEEP_BYTES", keep_bytes)
+    config = LlamaConfig(64, 32, 48, 1, 4, 2, 8)
+    torch.manual_seed(0)
+    layer = DecoderLayer(config).requires_grad_(False)
+    hidden = torch.randn(5, 1000, 32)  # more than one batch
+    start = hidden.clone()
+    seen: dict[str, torch.Tensor] = {}
+    for group, hessian in zip(LINEAR_GROUPS, capture.walk(layer, hidden), strict=True):
+        assert hessian.tokens == 5000
+        seen[group[0]] = hessian.matrix.clone()
+        for name in group:
+            layer.linear(name).weight.mul_(1.1)
+    assert (hidden - layer(start)).abs().max() < 1e-4
+    for group in LINEAR_GROUPS:  # the inputs that a plain forward of the replaced layer shows
+        caught: list[torch.Tensor] = []
+        handle = layer.linear(group[0]).register_forward_pre_hook(lambda _, args, c=caught: c.append(args[0]))
+        layer(start)
+        handle.remove()
+        x = caught[0].reshape(-1, caught[0].shape[-1]).double()
+        assert torch.allclose(seen[group[0]].double(), x.T @ x, rtol=1e-3, atol=1e-1)
+
+
+def test_stdlib_split_is_by_name() -> None:
+    names = [name for name, _ in stdlib.modules()]
+    held_out = [name for name in names if stdlib.is_held_out(name)]
+    assert 0 < len(held_out) < len(names) / 10
+    assert not any("test" in Path(name).parts for name in names)
+    assert len(list(stdlib.documents())) == len(names) - len(held_out)
+
+
+def test_stdlib_without_sources_falls_back(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="comes without its sources"):
+        assert len("".join(stdlib.documents(tmp_path))) > 100_000
+
+
+def test_local_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "two"}) + "\n\n" + json.dumps({"text": "three"}))
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    pq.write_table(pyarrow.table({"text": ["four"]}), tmp_path / "c.parquet")
+    assert list(documents([str(tmp_path)])) == ["one", "two", "three", "four"]
+    assert list(documents([str(tmp_path / "b.jsonl"), str(tmp_path / "a.txt")])) == ["two", "three", "one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b" \n", "is empty"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.doc", b"x", "ending '.doc' is not supported"),
+        ("a.jsonl", b'{"txt": 1}', 'a.jsonl:1: expected a JSON object with a "text" field'),
+        ("a.parquet", b"PAR1", "not a parquet file"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(documents([str(tmp_path / name)]))
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        list(documents([str(tmp_path / "x.txt")]))
+    with pytest.raises(ValueError, match="no text files"):
+        list(documents([str(tmp_path)]))
+
+
+@pytest.mark.parametrize("name", ["wikitext2", "c4"])
+def test_a_source_without_network_names_the_way_out(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    import datasets
+
+    def offline(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ValueError, match=f"{name}: cannot be downloaded .*give a local"):
+        list(SOURCES[name]())

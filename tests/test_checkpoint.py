@@ -1,0 +1,96 @@
+"""pytest tests/test_checkpoint.py: shards, the index, and damaged folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quant.checkpoint import CheckpointReader, CheckpointWriter
+
+
+def test_writer_streams_shards_and_reader_finds_them(tmp_path: Path) -> None:
+    state = {f"t{i}": torch.randn(10, 10) for i in range(7)}
+    writer = CheckpointWriter(tmp_path, shard_bytes=900)
+    for name, tensor in state.items():
+        writer.add(name, tensor)
+    assert len(list(tmp_path.glob("part-*"))) == 3  # two a shard, the last one still open
+    writer.close()
+    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert files == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    (tmp_path / "config.json").write_text("{}")
+    reader = CheckpointReader(tmp_path)
+    assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in state.items())
+    assert sorted(reader.names()) == sorted(state) and "t0" in reader and "x" not in reader
+
+
+def test_one_shard_has_the_plain_name(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path)
+    writer.add("t", torch.ones(4).view(2, 2).T)
+    writer.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["t"], torch.ones(2, 2))
+
+
+def test_pytorch_bin_single_and_sharded(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({"a": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+    assert torch.equal(CheckpointReader(tmp_path).tensor("a"), torch.ones(3))
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model-00001-of-00001.bin")
+    index = {"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert torch.equal(CheckpointReader(tmp_path).tensor("a"), torch.ones(3))
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("evil"),))
+
+
+def test_a_pickled_command_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin: damaged or truncated"):
+        CheckpointReader(tmp_path)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_damaged_folders_are_refused(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    def refuses(message: str, tensor: str | None = None) -> None:
+        with pytest.raises(ValueError, match=message):
+            reader = CheckpointReader(folder)
+            if tensor:
+                reader.tensor(tensor)
+
+    folder = tmp_path / "absent"
+    refuses("no such folder")
+    folder.mkdir()
+    refuses("config.json: file is missing")
+    (folder / "config.json").write_text("{")
+    refuses("not readable as JSON")
+    (folder / "config.json").write_text("[]")
+    refuses("expected a JSON object, found list")
+    (folder / "config.json").write_text("{}")
+    refuses("no weights")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    refuses("has no weight_map")
+    folder = make_checkpoint()
+    refuses("tensor nothing is missing", "nothing")
+    shard = folder / "model-00002-of-00002.safetensors"
+    name = list(load_file(shard))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refuses("model-00002-of-00002.safetensors: damaged or truncated", name)
+    shard.unlink()
+    refuses("model-00002-of-00002.safetensors: shard is named in .* but missing")
+
+
+def test_a_full_disk_is_an_oserror(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path / "gone")
+    writer.add("t", torch.ones(2))
+    with pytest.raises(OSError, match="part-00001.safetensors"):
+        writer.close()

@@ -1,0 +1,80 @@
+"""pytest tests/test_layers.py: imports point down only, as the layers say."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Highest first. A file may import from lower layers, from its own folder, and never from its neighbours at the top.
+LAYERS = [
+    ["cli"],
+    ["quant.progress", "quant.inspection", "quant.evaluation_text"],
+    ["quant.pipeline", "quant.loader", "quant.evaluate"],
+    ["quant.linear", "quant.report"],
+    ["quant.solvers", "quant.formats", "quant.kernels"],
+    ["quant.grid", "quant.packing", "quant.checkpoint", "quant.output"],
+    ["quant.config", "quant.llama", "calib"],
+]
+
+
+def unit_of(module: str) -> tuple[int, str] | None:
+    """(layer, unit) of a module of ours."""
+    for layer, units in enumerate(LAYERS):
+        for unit in units:
+            if module == unit or module.startswith(unit + "."):
+                return layer, unit
+    return None
+
+
+def imports_of(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def forbidden(module: str, imported: str) -> bool:
+    mine, theirs = unit_of(module), unit_of(imported)
+    if mine is None or theirs is None or mine[1] == theirs[1]:
+        return False
+    if mine[1] in ("calib", "quant.llama", "quant.config"):
+        return True
+    # a step of evaluation text is built on evaluation; grid and checkpoint need the config
+    same_layer_allowed = {("quant.grid", "quant.packing")}
+    return theirs[0] < mine[0] or (theirs[0] == mine[0] and (mine[1], theirs[1]) not in same_layer_allowed)
+
+
+def sources() -> list[tuple[str, Path]]:
+    files = [ROOT / "cli.py", *ROOT.glob("quant/**/*.py"), *ROOT.glob("calib/**/*.py")]
+    names = [(".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), f) for f in files]
+    return [(name, file) for name, file in names if not name.startswith("quant.bundled") and name != "quant"]
+
+
+def test_imports_point_down() -> None:
+    edges = [(name, imported) for name, file in sources() for imported in imports_of(file) if forbidden(name, imported)]
+    assert not edges
+
+
+def test_every_module_has_a_layer() -> None:
+    assert [name for name, _ in sources() if unit_of(name) is None] == []
+
+
+def test_a_wrong_edge_is_seen() -> None:
+    assert forbidden("quant.grid", "quant.pipeline.quantize_checkpoint")
+    assert forbidden("calib.hessian", "quant.grid.Grid")
+    assert forbidden("quant.loader", "quant.pipeline.Step")
+    assert not forbidden("quant.pipeline", "calib.capture.walk")
+
+
+def test_calib_imports_torch_and_the_standard_library_only() -> None:
+    allowed = {"torch", "calib", "datasets", "pyarrow", "__future__"}
+    import sys
+
+    for name, file in sources():
+        if name.startswith("calib"):
+            tops = {imported.split(".")[0] for imported in imports_of(file)}
+            assert tops <= allowed | set(sys.stdlib_module_names), name
