@@ -1,0 +1,112 @@
+"""pytest tests/test_cli.py: the commands as a user types them, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+Make = Callable[..., Path]
+
+
+def cli(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", errors="replace")
+
+
+def test_the_two_commands_of_the_readme(tmp_path: Path) -> None:
+    """The commands in README's first code block, on the bundled model."""
+    block = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    commands = re.findall(r"python cli.py (.*)", block)
+    assert [command.split()[0] for command in commands] == ["quantize", "eval", "generate"]
+    outputs = []
+    for command in commands:
+        run = cli(*shlex.split(command.partition("#")[0]), cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        outputs.append(run.stdout)
+    assert "checkpoint: bundled-w4-g128" in outputs[0] and (tmp_path / "bundled-w4-g128").is_dir()
+    assert "protocol: " in outputs[1] and "perplexity" in outputs[1] and "float" in outputs[1]
+    assert outputs[2].startswith("def ") and len(outputs[2]) > 20
+    again = cli("quantize", "--bits", 4, cwd=tmp_path)
+    assert again.returncode == 2 and "exists already" in again.stderr
+
+
+def test_own_model_with_options(make_checkpoint: Make, tmp_path: Path) -> None:
+    source = make_checkpoint(intermediate_size=192)
+    text = tmp_path / "text.txt"
+    text.write_text("some text to calibrate on and to judge with\n" * 200)
+    run = cli(
+        *("quantize", "--model", source, "--output", "out", "--bits", 4, "--asym", "--calib", text),
+        *("--samples", 8, "--seq-len", 64, "--no-act-order", "--damp", 0.05, "--device", "cpu", "--seed", 3),
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "group size 128 does not divide every linear of this model; using 64" in run.stdout
+    assert json.loads((tmp_path / "out" / "quantize_report.json").read_text())["settings"]["damp"] == 0.05
+    run = cli("eval", "--ppl", "--data", text, "--window", 64, "--json", cwd=tmp_path)
+    result = json.loads(run.stdout)
+    assert result["perplexity"] > 1 and result["reference"]["kl_mean"] >= 0
+    run = cli("generate", "x", "--model", source, "--max-new-tokens", 3, "--temperature", 0.5, cwd=tmp_path)
+    assert run.returncode == 0 and run.stdout.startswith("x")
+    assert "grid:                 4 bits, group size 64, asymmetric" in cli("inspect", "out", cwd=tmp_path).stdout
+    assert "to quantize:" in cli("inspect", source, cwd=tmp_path).stdout
+
+
+def test_without_arguments_and_help(tmp_path: Path) -> None:
+    assert "Three commands to start with" in cli(cwd=tmp_path).stdout
+    for command in ("quantize", "eval", "generate", "inspect"):
+        assert cli(command, "--help", cwd=tmp_path).returncode == 0
+    code = "import sys, cli, quant; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+BAD_INPUT: dict[str, tuple[list[str], str]] = {
+    "no folder": (["quantize", "--model", "absent"], "absent: no such folder"),
+    "bits": (["quantize", "--model", "MODEL", "--bits", "5"], "bits 5 is not supported"),
+    "group": (["quantize", "--model", "MODEL", "--group-size", "48"], "group_size 48 is not supported"),
+    "solver": (["quantize", "--model", "MODEL", "--solver", "x"], "solver 'x' is unknown"),
+    "empty text": (["quantize", "--model", "MODEL", "--calib", "empty.txt"], "empty.txt: is empty"),
+    "short text": (["quantize", "--model", "MODEL", "--calib", "short.txt"], "fewer than one window of 256"),
+    "no text": (["quantize", "--model", "MODEL", "--calib", "x.txt"], "x.txt: no such file"),
+    "nothing yet": (["eval", "--ppl"], "nothing quantized yet"),
+    "generate nothing": (["generate", "a"], "nothing quantized yet"),
+    "inspect": (["inspect", "absent"], "absent: no such folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line(make_checkpoint: Make, tmp_path: Path, case: str) -> None:
+    source = make_checkpoint()
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("short")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    arguments, message = BAD_INPUT[case]
+    run = cli(*[str(source) if a == "MODEL" else a for a in arguments], cwd=tmp_path)
+    assert run.returncode == 2
+    assert message in run.stderr and len(run.stderr.splitlines()) == 1 and "Traceback" not in run.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_missing_tokenizer_and_foreign_architecture(make_checkpoint: Make, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    (source / "tokenizer.model").unlink()
+    run = cli("quantize", "--model", source, cwd=tmp_path)
+    assert run.returncode == 2 and "no tokenizer" in run.stderr
+    other = make_checkpoint("other", model_type="mistral")
+    run = cli("quantize", "--model", other, cwd=tmp_path)
+    assert run.returncode == 2 and "model_type 'mistral' is not supported" in run.stderr
+    odd = make_checkpoint("odd", intermediate_size=144)
+    run = cli("quantize", "--model", odd, cwd=tmp_path)
+    assert run.returncode == 2 and "in_features 144 is not divisible by group_size 128" in run.stderr
+    small = make_checkpoint("small", vocab_size=64)
+    run = cli("quantize", "--model", small, "--seq-len", 64, "--samples", 4, cwd=tmp_path)
+    assert run.returncode == 2 and "outside the model's vocabulary of 64" in run.stderr
