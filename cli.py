@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,10 +105,11 @@ def quantize(
 
     reader = CheckpointReader(model)
     llama = LlamaConfig.from_dict(reader.config)
+    config = QuantConfig(bits, group_size, sym)
     fitting = fitting_group_size(llama, group_size)
     if fitting != group_size:
         print(f"group size {group_size} does not divide every linear of this model; using {fitting}")
-    config = QuantConfig(bits, fitting, sym)
+    config = replace(config, group_size=fitting)
     group_name = "row" if fitting == -1 else f"g{fitting}"
     output = output or Path(f"{model.resolve().name}-w{bits}-{group_name}")
     refuse_existing(output, overwrite)

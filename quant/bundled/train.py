@@ -37,7 +37,7 @@ GEOMETRY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "hidden_act": "silu",
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
