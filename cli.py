@@ -94,11 +94,12 @@ def quantize(
     from calib.sources import documents
     from quant.checkpoint import CheckpointReader
     from quant.config import QuantConfig
-    from quant.llama.model import LlamaConfig
+    from quant.geometry import fitting_group_size
+    from quant.llama.config import LlamaConfig
     from quant.llama.tokenizer import load_tokenizer
     from quant.loader import resolve_device
     from quant.output import refuse_existing, remember
-    from quant.pipeline import fitting_group_size, quantize_checkpoint
+    from quant.pipeline import quantize_checkpoint
     from quant.progress import StepPrinter
     from quant.solvers import SOLVERS
     from quant.solvers.gptq import GPTQOptions

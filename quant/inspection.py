@@ -6,8 +6,8 @@ from pathlib import Path
 
 from quant.checkpoint import CheckpointReader
 from quant.formats import FORMATS
-from quant.llama.model import LlamaConfig
-from quant.pipeline import fitting_group_size, linear_shapes
+from quant.geometry import fitting_group_size, linear_shapes
+from quant.llama.config import LlamaConfig
 
 _DEFAULT_TOKENS = 128 * 2048
 

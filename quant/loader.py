@@ -16,7 +16,8 @@ from quant.formats import FORMATS
 from quant.grid import QuantizedTensor
 from quant.kernels import choose
 from quant.linear import QuantLinear
-from quant.llama.model import Linear, Llama, LlamaConfig
+from quant.llama.config import LlamaConfig
+from quant.llama.model import Linear, Llama
 from quant.llama.tokenizer import Tokenizer, load_tokenizer
 
 

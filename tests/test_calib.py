@@ -12,7 +12,8 @@ from calib import capture
 from calib.hessian import Hessian
 from calib.sampling import token_windows
 from calib.sources import SOURCES, documents, stdlib
-from quant.llama.model import LINEAR_GROUPS, DecoderLayer, LlamaConfig
+from quant.llama.config import LlamaConfig
+from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 
 
 def words(text: str) -> list[int]:

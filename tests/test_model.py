@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from quant.llama.config import LlamaConfig
 from quant.llama.generate import Sampling, generate, sample
-from quant.llama.model import KVCache, Llama, LlamaConfig
+from quant.llama.model import KVCache, Llama
 
 BASE = {
     "vocab_size": 128,

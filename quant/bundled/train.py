@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from calib.sources.stdlib import is_held_out, modules
-from quant.llama.model import Llama, LlamaConfig
+from quant.llama.config import LlamaConfig
+from quant.llama.model import Llama
 
 HELD_OUT_CHARACTERS = 200_000
 GEOMETRY = {

@@ -1,4 +1,4 @@
-"""Llama 2 in one file: the config and the whole model, read from top to bottom.
+"""Llama 2 in one file, read from top to bottom.
 
 A decoder layer is  x + o(attention(q, k, v of norm(x)))  followed by  x + down(silu(gate(norm(x))) * up(norm(x))).
 Positions enter by rotating q and k (rotary embedding), and several query heads may share one key/value head (GQA).
@@ -13,13 +13,11 @@ transformers 5 (`models/llama`, `modeling_rope_utils`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from quant.llama.config import LlamaConfig
 
 # Linears that share an input stand together: they share one Hessian and are solved as one stack.
 LINEAR_GROUPS = (
@@ -28,97 +26,6 @@ LINEAR_GROUPS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-
-_REQUIRED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-)
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Geometry and semantics of a Llama model; field names as in `config.json`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_type: str = "default"
-    rope_factor: float = 1.0
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    bos_token_id: int | None = 1
-    eos_token_ids: tuple[int, ...] = (2,)
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> LlamaConfig:
-        """Read `config.json` as written by transformers 4 or 5.
-
-        Raises:
-            ValueError: another model_type, activation or rope type, a missing or impossible size; each by name.
-        """
-        _refuse_other_models(raw)
-        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-        rope_theta, rope_type, rope_factor = _rope_settings(raw)
-        eos = raw.get("eos_token_id", 2)
-        config = cls(
-            **{name: raw[name] for name in _REQUIRED},
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=rope_theta,
-            rope_type=rope_type,
-            rope_factor=rope_factor,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            attention_bias=raw.get("attention_bias", False),
-            mlp_bias=raw.get("mlp_bias", False),
-            bos_token_id=raw.get("bos_token_id", 1),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        )
-        if heads % config.num_key_value_heads:
-            raise ValueError(
-                f"config.json: num_attention_heads {heads} is not a multiple of "
-                f"num_key_value_heads {config.num_key_value_heads}"
-            )
-        return config
-
-
-def _refuse_other_models(raw: Mapping[str, Any]) -> None:
-    """Raise ValueError naming what makes this config something else than a Llama we compute."""
-    model_type = raw.get("model_type")
-    if model_type != "llama":
-        raise ValueError(
-            f"config.json: model_type {model_type!r} is not supported; this tool quantizes Llama models ('llama')"
-        )
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise ValueError(f"config.json: hidden_act {activation!r} is not supported; Llama 2 uses 'silu'")
-    for name in _REQUIRED:
-        if not isinstance(raw.get(name), int) or raw[name] <= 0:
-            raise ValueError(f"config.json: {name} is {raw.get(name)!r}; it must be a positive integer")
-
-
-def _rope_settings(raw: Mapping[str, Any]) -> tuple[float, str, float]:
-    """(theta, type, factor) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    if rope_type not in ("default", "linear", "dynamic"):
-        raise ValueError(
-            f"config.json: rope type {rope_type!r} is not supported; supported are default, linear and dynamic"
-        )
-    theta = (raw.get("rope_parameters") or {}).get("rope_theta") or raw.get("rope_theta") or 10000.0
-    return float(theta), rope_type, float(parameters.get("factor") or 1.0)
 
 
 class KVCache:
