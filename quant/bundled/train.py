@@ -1,11 +1,11 @@
 """The recipe of the bundled model: a small Llama 2 trained on the Python standard library.
 
-    python quant/bundled/train.py --minutes 30 --output DIR
+    python quant/bundled/train.py --output DIR
 
 Writes a Hugging Face folder: a sentencepiece vocabulary with byte fallback, the config, float16 weights, and
 `heldout.txt`, the text of modules that neither training nor calibration ever sees. Matrices are trained with Muon
 (momentum, then an orthogonalised update), everything else with AdamW; the rate rises for 50 steps and then falls
-linearly to zero at the end of the given time. Not imported by the package.
+linearly to zero. 10 million tokens, about four passes over the text. Not imported by the package.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GEOMETRY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "hidden_act": "silu",
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
@@ -134,18 +134,16 @@ def held_out_loss(model: Llama, ids: Tensor, window: int = 512, windows: int = 4
     return sum(losses) / len(losses)
 
 
-def train(model: Llama, tokens: Tensor, held_out: Tensor, minutes: float, length: int = 256, batch: int = 16) -> None:
-    """Train for `minutes` on random windows of `length` tokens."""
+def train(model: Llama, tokens: Tensor, held_out: Tensor, steps: int, length: int = 512, batch: int = 8) -> None:
+    """Train for `steps` batches of random windows of `length` tokens."""
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     chosen = {id(p) for p in matrices}
     muon = Muon(matrices)
     others = [p for p in model.parameters() if id(p) not in chosen]
     adam = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
-    start, step, share = time.time(), 0, 0.0
-    while share < 1:
-        share = (time.time() - start) / (minutes * 60)
-        rate = min(1.0, (step + 1) / 50) * max(0.0, 1 - share)
+    for step in range(steps):
+        rate = min(1.0, (step + 1) / 50) * (1 - step / steps)
         offsets = torch.randint(0, len(tokens) - length - 1, (batch,), generator=generator)
         windows = torch.stack([tokens[o : o + length + 1] for o in offsets.tolist()]).long()
         loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
@@ -158,16 +156,15 @@ def train(model: Llama, tokens: Tensor, held_out: Tensor, minutes: float, length
         if step % 100 == 0:
             score = held_out_loss(model, held_out)
             print(
-                f"step {step} {step * batch * length / 1e6:.2f}M tokens {share:.0%} loss {loss.item():.3f} "
-                f"held-out {score:.3f} perplexity {math.exp(score):.2f}",
+                f"step {step} of {steps}: {step * batch * length / 1e6:.2f}M tokens, loss {loss.item():.3f}, "
+                f"held-out {score:.3f}, perplexity {math.exp(score):.2f}",
                 flush=True,
             )
-        step += 1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30, help="training time")
+    parser.add_argument("--steps", type=int, default=2500, help="batches of 4096 tokens")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -179,7 +176,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Llama(LlamaConfig.from_dict(GEOMETRY))
     print(f"{len(tokens) / 1e6:.2f}M tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
-    train(model, tokens, held_out, args.minutes)
+    train(model, tokens, held_out, args.steps)
     print(f"final held-out perplexity {math.exp(held_out_loss(model, held_out)):.3f}")
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, args.output / "model.safetensors", metadata={"format": "pt"})
