@@ -1,1 +1,1 @@
-"""Activations: text -> tokens -> Hessians. Knows torch, and nothing of the weights' quantization."""
+"""Activations: text -> tokens -> Hessians. Knows torch, not quantization."""

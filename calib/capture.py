@@ -1,8 +1,9 @@
 """What the linears of a block see: one Hessian per shared input, in one walk over the block.
 
-A decoder layer has four inputs that its seven linears share: q|k|v, o, gate|up, down. The walk advances the hidden
-states through the layer stage by stage and pauses before each group of linears, so that the caller can replace
-their weights; what follows then sees the replaced ones (true-sequential GPTQ):
+A decoder layer has four inputs that its seven linears share: q|k|v, o, gate|up, down. The walk
+advances the hidden states through the layer stage by stage and pauses before each group of linears,
+so that the caller can replace their weights; what follows then sees the replaced ones
+(true-sequential GPTQ):
 
     norm(h)              -> H of q, k, v      pause
     attention(q, k, v)   -> H of o            pause
@@ -10,8 +11,8 @@ their weights; what follows then sees the replaced ones (true-sequential GPTQ):
     silu(gate) * up      -> H of down         pause
     h += down(...)
 
-Each product is computed once. The input of `down` alone, the widest, is computed a second time where all of it
-would not fit KEEP_BYTES.
+Each product is computed once. The input of `down` alone, the widest, is computed a second time
+where all of it would not fit KEEP_BYTES.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ def walk(
     """Advance `hidden` through `layer` in place, pausing before each group of linears.
 
     Args:
-        layer: a decoder layer on `device`; its `self_attn` and `mlp` have `mix`, the part before the last linear.
-        hidden: (windows, tokens, hidden_size) float32 on the CPU; holds the layer's output when the walk ends.
+        layer: a decoder layer on `device`; its `self_attn` and `mlp` have `mix`, the part before
+            the last linear.
+        hidden: (windows, tokens, hidden_size) float32 on the CPU; holds the layer's output when the
+            walk ends.
         mask: (windows, tokens) bool, False for padding: such rows never enter a Hessian.
         device: where the batches are computed.
 
@@ -70,7 +73,9 @@ def walk(
     yield from _walk_down(layer, hidden, mask, device)
 
 
-def _walk_down(layer: Any, hidden: Tensor, mask: Tensor | None, device: torch.device | str) -> Iterator[Hessian]:
+def _walk_down(
+    layer: Any, hidden: Tensor, mask: Tensor | None, device: torch.device | str
+) -> Iterator[Hessian]:
     """The last stage: the Hessian of down_proj's input, then its product."""
     width = layer.mlp.config.intermediate_size
     keep = hidden.shape[0] * hidden.shape[1] * width * 4 <= KEEP_BYTES

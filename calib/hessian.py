@@ -1,7 +1,7 @@
-"""The Hessian of a linear's input: H = sum of x x^T over tokens, a plain float32 sum, and the count of tokens.
+"""The Hessian of a linear's input: H = sum of x x^T over tokens in float32, and their count.
 
-The layer's squared output error for a weight error E is tr(E H E^T), so H is all a solver needs to know of the data.
-A plain sum has no order: batches and processes merge by addition.
+The layer's squared output error for a weight error E is tr(E H E^T), so H is all a solver needs to
+know of the data. A plain sum has no order: batches and processes merge by addition.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class Hessian:
         self.tokens = 0
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add the rows of x (..., in_features); rows where mask (...) is False (padding) are left out."""
+        """Add the rows of x (..., in_features); rows where mask (...) is False (padding) are left
+        out.
+        """
         rows = x.reshape(-1, x.shape[-1]).float() if mask is None else x[mask.to(x.device)].float()
         self.matrix.addmm_(rows.T, rows)
         self.tokens += len(rows)
@@ -35,6 +37,9 @@ class Hessian:
             ValueError: the sizes differ.
         """
         if self.matrix.shape != other.matrix.shape:
-            raise ValueError(f"Hessians of {self.matrix.shape[0]} and {other.matrix.shape[0]} inputs cannot be merged")
+            raise ValueError(
+                f"Hessians of {self.matrix.shape[0]} and {other.matrix.shape[0]} inputs cannot "
+                "be merged"
+            )
         self.matrix += other.matrix
         self.tokens += other.tokens

@@ -1,4 +1,6 @@
-"""Windows of tokens to calibrate on: texts are joined into one stream and cut, so that nothing is ever padded."""
+"""Windows of tokens to calibrate on: texts are joined into one stream and cut, so that nothing is
+ever padded.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def token_windows(
         ValueError: a number is not positive, or the text is shorter than one window.
     """
     if num_samples < 1 or seq_len < 2:
-        raise ValueError(f"samples {num_samples} and seq-len {seq_len}: at least 1 and 2 are needed")
+        raise ValueError(
+            f"samples {num_samples} and seq-len {seq_len}: at least 1 and 2 are needed"
+        )
     stream: list[int] = []
     for text in documents:
         stream += tokenize(text)
@@ -40,12 +44,46 @@ def token_windows(
             break
     available = len(stream) // seq_len
     if not available:
-        raise ValueError(f"calibration text: {len(stream)} tokens are fewer than one window of {seq_len}")
+        raise ValueError(
+            f"calibration text: {len(stream)} tokens are fewer than one window of {seq_len}"
+        )
     if available < num_samples:
         warnings.warn(
-            f"calibration text holds {available} windows of {seq_len} tokens, not {num_samples}; using all",
+            f"calibration text holds {available} windows of {seq_len} tokens, not "
+            f"{num_samples}; using all",
             stacklevel=2,
         )
     windows = torch.tensor(stream[: available * seq_len]).view(available, seq_len)
     chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
     return windows[chosen.sort().values]
+
+
+def check_windows(windows: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Tensor | None:
+    """Check windows (windows, tokens) of ids and their mask; padding must be on the right.
+
+    Returns:
+        The mask as bool, or None.
+
+    Raises:
+        ValueError: a shape is wrong, an id is outside the vocabulary, or padding is elsewhere.
+    """
+    if windows.dim() != 2 or not windows.numel():
+        raise ValueError(
+            f"calibration windows: shape {tuple(windows.shape)}, expected (windows, tokens), "
+            "not empty"
+        )
+    if int(windows.max()) >= vocab_size or int(windows.min()) < 0:
+        raise ValueError(
+            f"calibration windows: token id {int(windows.max())} is outside the model's "
+            f"vocabulary of {vocab_size}; the tokenizer belongs to another model"
+        )
+    if attention_mask is None:
+        return None
+    mask = attention_mask.bool()
+    if mask.shape != windows.shape:
+        raise ValueError(
+            f"attention_mask: shape {tuple(mask.shape)}, but windows have {tuple(windows.shape)}"
+        )
+    if not torch.equal(mask, mask.long().cummin(dim=1).values.bool()):
+        raise ValueError("attention_mask: padding must be on the right of each window")
+    return mask

@@ -2,7 +2,8 @@
 
     from quant import QuantConfig, load_quantized, quantize_checkpoint
 
-Names are resolved on first use, so that `import quant` (and the command line's --help) does not import torch.
+Names are resolved on first use, so that `import quant` (and the command line's --help) does not
+import torch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Any
 
 _PUBLIC = {
     "QuantConfig": "quant.config",
+    "GPTQOptions": "quant.solvers.gptq",
+    "RTNOptions": "quant.solvers.rtn",
+    "RunOptions": "quant.pipeline",
     "quantize_checkpoint": "quant.pipeline",
     "load_quantized": "quant.loader",
     "load_model": "quant.loader",

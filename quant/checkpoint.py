@@ -1,14 +1,13 @@
-"""Checkpoint folders: a lazy reader by tensor name over all shards, and a writer that streams shards.
+"""A lazy reader of checkpoint folders: one tensor at a time, by name, over all shards.
 
-The reader maps files into memory and returns one tensor at a time, in the dtype of the file. It takes a single
-safetensors file, shards with an index, and the older pytorch_model*.bin (unpickled with weights_only).
-The writer flushes a shard as soon as it is full, so that nothing more than one shard is ever held.
+Files are mapped into memory and tensors come in the dtype of the file. It takes a single
+safetensors file, shards with an index, and the older pytorch_model*.bin (unpickled with
+weights_only).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 COMPANIONS = (
@@ -55,7 +53,8 @@ class CheckpointReader:
         config: `config.json` as a dict.
 
     Raises:
-        ValueError: no such folder, no usable config.json, no weights, or a shard that is missing or damaged.
+        ValueError: no such folder, no usable config.json, no weights, or a shard that is missing or
+            damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,7 +84,13 @@ class CheckpointReader:
         try:
             return shard[name] if isinstance(shard, dict) else shard.get_tensor(name)
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{self._places[name]}: tensor {name} cannot be read ({error})") from None
+            raise ValueError(
+                f"{self._places[name]}: tensor {name} cannot be read ({error})"
+            ) from None
+
+    def release(self) -> None:
+        """Close the files; tensors in use keep their memory, everything else is unmapped."""
+        self._files.clear()
 
     @property
     def size_bytes(self) -> int:
@@ -109,7 +114,9 @@ class CheckpointReader:
             file = self.path / name
             if file.is_file():
                 return dict.fromkeys(self._open(file).keys(), file)
-        raise ValueError(f"{self.path}: no weights; expected model.safetensors, its index, or pytorch_model*.bin")
+        raise ValueError(
+            f"{self.path}: no weights; expected model.safetensors, its index, or pytorch_model*.bin"
+        )
 
     def _locate_by_index(self, index: Path) -> dict[str, Path]:
         weight_map = read_json(index).get("weight_map")
@@ -118,7 +125,9 @@ class CheckpointReader:
         places = {name: self.path / file for name, file in weight_map.items()}
         for file in sorted(set(places.values())):
             if not file.is_file():
-                raise ValueError(f"{file}: shard is named in {index.name} but missing; download it again")
+                raise ValueError(
+                    f"{file}: shard is named in {index.name} but missing; download it again"
+                )
         return places
 
     def _open(self, file: Path) -> Any:
@@ -126,69 +135,19 @@ class CheckpointReader:
         if file not in self._files:
             try:
                 if file.suffix == ".bin":
-                    self._files[file] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                    self._files[file] = torch.load(
+                        file, map_location="cpu", mmap=True, weights_only=True
+                    )
                 else:
                     self._files[file] = safe_open(file, framework="pt")
-            except Exception as error:  # torch and safetensors raise a dozen types for a damaged file
+            except (
+                Exception
+            ) as error:  # torch and safetensors raise a dozen types for a damaged file
                 first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ValueError(f"{file}: damaged or truncated ({first_line}); download it again") from error
+                raise ValueError(
+                    f"{file}: damaged or truncated ({first_line}); download it again"
+                ) from error
         return self._files[file]
-
-
-class CheckpointWriter:
-    """Streams tensors into shards of a folder that the caller made.
-
-    Args:
-        path: the folder.
-        shard_bytes: a shard is written as soon as it holds this much.
-    """
-
-    def __init__(self, path: Path, shard_bytes: int = 1 << 30) -> None:
-        self.path, self.shard_bytes = path, shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Queue a tensor; full shards go to disk."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += size
-        self._total_bytes += size
-
-    def close(self) -> None:
-        """Write the last shard, give the shards their final names, and write the index last."""
-        self._flush()
-        if len(self._shards) == 1:
-            self._part(0).rename(self.path / "model.safetensors")
-            return
-        count, weight_map = len(self._shards), {}
-        for index, names in enumerate(self._shards):
-            final = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            self._part(index).rename(self.path / final)
-            weight_map.update(dict.fromkeys(names, final))
-        text = json.dumps({"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}, indent=1)
-        (self.path / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
-
-    def _part(self, index: int) -> Path:
-        return self.path / f"part-{index + 1:05d}.safetensors"
-
-    def _flush(self) -> None:
-        """Write the queued tensors as one durable shard and free them."""
-        if not self._pending:
-            return
-        part = self._part(len(self._shards))
-        try:
-            save_file(self._pending, part, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{part}: cannot be written ({error}); is the disk full?") from error
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
 
 
 def module_names(names: Iterable[str], suffix: str) -> list[str]:

@@ -13,7 +13,8 @@ class QuantConfig:
 
     Attributes:
         bits: bits per code, one of 2, 3, 4, 8.
-        group_size: input channels that share a scale and a zero, a multiple of 32; -1 is one group per row.
+        group_size: input channels that share a scale and a zero, a multiple of 32; -1 is one group
+            per row.
         symmetric: the zero is fixed at 2^(bits-1), else chosen per group.
 
     Raises:
@@ -26,9 +27,14 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise ValueError(f"bits {self.bits} is not supported; choose one of {', '.join(map(str, BITS))}")
+            raise ValueError(
+                f"bits {self.bits} is not supported; choose one of {', '.join(map(str, BITS))}"
+            )
         if self.group_size != -1 and (self.group_size <= 0 or self.group_size % 32):
-            raise ValueError(f"group_size {self.group_size} is not supported; choose a multiple of 32, or -1 for rows")
+            raise ValueError(
+                f"group_size {self.group_size} is not supported; choose a multiple of 32, or -1 "
+                "for rows"
+            )
 
     @property
     def max_code(self) -> int:
@@ -43,6 +49,7 @@ class QuantConfig:
         """Raise ValueError if the groups do not divide the linear called `name`."""
         if in_features % self.width(in_features):
             raise ValueError(
-                f"{name}: in_features {in_features} is not divisible by group_size {self.group_size}; "
+                f"{name}: in_features {in_features} is not divisible by group_size "
+                f"{self.group_size}; "
                 "choose 64 or 32, or -1 for one group per row"
             )

@@ -36,6 +36,7 @@ def protocol(facts: dict[str, Any], result: EvalResult) -> str:
     """The protocol in one line."""
     bos = "one BOS at the start" if facts["bos"] else "no BOS"
     return (
-        f"protocol: {facts['data']} (sha256 {facts['sha256']}), {bos}, {result.windows} windows of {result.window} "
+        f"protocol: {facts['data']} (sha256 {facts['sha256']}), {bos}, {result.windows} windows "
+        f"of {result.window} "
         f"tokens without overlap, {result.scored_tokens} tokens scored, float32"
     )

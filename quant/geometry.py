@@ -21,7 +21,9 @@ def check_shapes(llama: LlamaConfig, config: QuantConfig) -> None:
 
 
 def fitting_group_size(llama: LlamaConfig, group_size: int) -> int:
-    """The group size asked for where it divides every linear, else 64 or 32 where one of these does."""
+    """The group size asked for where it divides every linear, else 64 or 32 where one of these
+    does.
+    """
     widths = {in_features for _, in_features in linear_shapes(llama).values()}
     smaller = [size for size in (64, 32) if size < group_size]
     for size in (group_size, *smaller):

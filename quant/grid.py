@@ -2,11 +2,12 @@
 
     weight = scale * (code - zero)
 
-Codes and zeros are integers in 0..2^bits-1; each row has one scale and one zero per group of input channels.
-Scales are rounded to float16 when the grid is fitted, before any solver looks at it, so that the grid a solver
-works on is the grid on disk. Two facts of the classical min-max fit are kept from its published form: a symmetric
-grid has scale 2 absmax / max_code and zero 2^(bits-1); an asymmetric range always includes 0. Zeros stay in
-1..max_code, because the older file format stores zero - 1 and cannot hold 0.
+Codes and zeros are integers in 0..2^bits-1; each row has one scale and one zero per group of input
+channels. Scales are rounded to float16 when the grid is fitted, before any solver looks at it, so
+that the grid a solver works on is the grid on disk. Two facts of the classical min-max fit are kept
+from its published form: a symmetric grid has scale 2 absmax / max_code and zero 2^(bits-1); an
+asymmetric range always includes 0. Zeros stay in 1..max_code, because the older file format stores
+zero - 1 and cannot hold 0.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Codes (out, in) uint8 on a grid; group_index (in,) int32, or None for groups of consecutive columns."""
+    """Codes (out, in) uint8 on a grid; group_index (in,) int32, or None for groups of consecutive
+    columns.
+    """
 
     codes: Tensor
     grid: Grid
@@ -68,7 +71,9 @@ class QuantizedTensor:
             weight = self.grid.scales[..., None] * (codes - self.grid.zeros[..., None].float())
             return weight.reshape(self.codes.shape).to(dtype)
         index = self.group_index.long()
-        weight = self.grid.scales[:, index] * (self.codes.float() - self.grid.zeros[:, index].float())
+        weight = self.grid.scales[:, index] * (
+            self.codes.float() - self.grid.zeros[:, index].float()
+        )
         return weight.to(dtype)
 
 
@@ -79,7 +84,8 @@ def fit_minmax(weight: Tensor, config: QuantConfig) -> Grid:
         weight: (out, in) float32; in must be divisible by the group size.
 
     Returns:
-        A Grid whose scales are positive, finite and float16-exact; an all-zero group gets a harmless scale.
+        A Grid whose scales are positive, finite and float16-exact; an all-zero group gets a
+        harmless scale.
     """
     groups = weight.reshape(len(weight), -1, config.width(weight.shape[1]))  # (out, groups, width)
     low = groups.amin(-1).clamp(max=0)

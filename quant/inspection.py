@@ -20,14 +20,17 @@ def describe(path: Path) -> dict[str, str]:
     """
     reader = CheckpointReader(path)
     llama = LlamaConfig.from_dict(reader.config)
-    linears = sum(out * width for out, width in linear_shapes(llama).values()) * llama.num_hidden_layers
+    linears = (
+        sum(out * width for out, width in linear_shapes(llama).values()) * llama.num_hidden_layers
+    )
     heads = 1 if llama.tie_word_embeddings else 2
     parameters = linears + heads * llama.vocab_size * llama.hidden_size
     parameters += (2 * llama.num_hidden_layers + 1) * llama.hidden_size
     facts = {
         "model": f"{reader.config.get('model_type')}, {llama.num_hidden_layers} layers",
         "hidden, intermediate": f"{llama.hidden_size}, {llama.intermediate_size}",
-        "heads, kv heads, dim": f"{llama.num_attention_heads}, {llama.num_key_value_heads}, {llama.head_dim}",
+        "heads, kv heads, dim": f"{llama.num_attention_heads}, {llama.num_key_value_heads}, "
+        f"{llama.head_dim}",
         "vocabulary": f"{llama.vocab_size}{', tied head' if llama.tie_word_embeddings else ''}",
         "parameters": f"{parameters / 1e6:.1f} M",
         "size on disk": _size(reader.size_bytes),
@@ -37,14 +40,24 @@ def describe(path: Path) -> dict[str, str]:
     if form:
         config = FORMATS[form].quant_config(reader)
         kind = "symmetric" if config.symmetric else "asymmetric"
-        return facts | {"format": form, "grid": f"{config.bits} bits, group size {config.group_size}, {kind}"}
-    return facts | {"format": "float"} | _cost(llama, linears, reader.size_bytes * 8 / parameters / 8)
+        return facts | {
+            "format": form,
+            "grid": f"{config.bits} bits, group size {config.group_size}, {kind}",
+        }
+    return (
+        facts | {"format": "float"} | _cost(llama, linears, reader.size_bytes * 8 / parameters / 8)
+    )
 
 
 def _cost(llama: LlamaConfig, linears: int, bytes_per_parameter: float) -> dict[str, str]:
     """What quantizing with the defaults takes."""
     group_size = fitting_group_size(llama, 128)
-    plain = (1 if llama.tie_word_embeddings else 2) * llama.vocab_size * llama.hidden_size * bytes_per_parameter
+    plain = (
+        (1 if llama.tie_word_embeddings else 2)
+        * llama.vocab_size
+        * llama.hidden_size
+        * bytes_per_parameter
+    )
     layer = linears / llama.num_hidden_layers * 4
     widest = max(llama.intermediate_size, llama.hidden_size)
     hidden = _DEFAULT_TOKENS * (llama.hidden_size + llama.num_attention_heads * llama.head_dim) * 4

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, renamed to `path` when the block ends well and removed when it does not.
+    """A folder to write into, renamed to `path` when the block ends well, else removed.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is False.
@@ -35,7 +35,9 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise FileExistsError if `path` exists and may not be replaced."""
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path}: exists already; choose another --output or pass --overwrite")
+        raise FileExistsError(
+            f"{path}: exists already; choose another --output or pass --overwrite"
+        )
 
 
 def remember(path: Path) -> None:
@@ -53,10 +55,16 @@ def last_output() -> Path:
     """
     note = _note_path()
     if not note.is_file():
-        raise ValueError("no --model given and nothing quantized yet; make one with: python cli.py quantize --bits 4")
+        raise ValueError(
+            "no --model given and nothing quantized yet; make one with: python cli.py quantize "
+            "--bits 4"
+        )
     path = Path(note.read_text())
     if not path.is_dir():
-        raise ValueError(f"{path}: the last quantized checkpoint is gone; pass --model or run: python cli.py quantize")
+        raise ValueError(
+            f"{path}: the last quantized checkpoint is gone; pass --model or run: python cli.py "
+            "quantize"
+        )
     return path
 
 

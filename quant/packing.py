@@ -1,12 +1,14 @@
 """Codes <-> int32 words, in the bit order of GPTQ files.
 
-Codes are packed along the first dimension, lowest bits first. With 4 bits, word r of a column holds codes 8r..8r+7:
+Codes are packed along the first dimension, lowest bits first. With 4 bits, word r of a column holds
+codes 8r..8r+7:
 
     bit   31..28  27..24  ...   7..4    3..0
     code   8r+7    8r+6   ...   8r+1     8r
 
-2 and 8 bits are the same with 16 and 4 codes a word. With 3 bits, 32 codes are one run of 96 bits in 3 words, and
-codes 10 and 21 lie across two words. All widths are thus one rule: code i occupies bits i*b .. i*b+b-1 of the run.
+2 and 8 bits are the same with 16 and 4 codes a word. With 3 bits, 32 codes are one run of 96 bits
+in 3 words, and codes 10 and 21 lie across two words. All widths are thus one rule: code i occupies
+bits i*b .. i*b+b-1 of the run.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""quantize_checkpoint(): a float checkpoint in, a 4-bit checkpoint out, one layer in memory. Read this first.
+"""quantize_checkpoint(): from float to 4 bits, one layer in memory. Read this first.
 
     hidden = embedding of the calibration windows
     for each layer:
         read its weights
         for each group of linears that share an input:      (calib.capture walks the layer)
             Hessian of that input  ->  solver  ->  integer codes
-            the layer gets the dequantized codes            (what follows sees the stored weights, bit for bit)
+            the layer gets the dequantized codes            (what follows sees what is stored)
             the codes go to the output shard
     embedding, norm and head are copied; the finished folder is read back and compared.
 
-Every linear's error is compared with round-to-nearest on the same Hessian, and both numbers are reported.
+Every linear's error is compared with round-to-nearest on the same Hessian, and both numbers are
+reported.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,18 +25,20 @@ import torch
 from torch import Tensor
 
 from calib.capture import walk
+from calib.sampling import check_windows
 from quant.checkpoint import CheckpointReader
 from quant.config import QuantConfig
 from quant.formats import FORMATS
 from quant.geometry import check_shapes
-from quant.grid import QuantizedTensor
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 from quant.output import whole_folder
 from quant.report import LinearReport, Report
-from quant.solvers import SOLVERS
+from quant.solvers import solve, solver_name
+from quant.solvers.gptq import GPTQOptions
 from quant.solvers.loss import relative_error
-from quant.solvers.rtn import solve as round_to_nearest
+from quant.solvers.rtn import RTNOptions
+from quant.verification import digest, verify
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,21 @@ class Step:
     linears: tuple[LinearReport, ...]
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes; the result does not depend on it.
+
+    Attributes:
+        device: where layers are computed, "cpu" or "cuda".
+        overwrite: replace the output folder if it exists.
+        on_step: called after each solved group.
+    """
+
+    device: str = "cpu"
+    overwrite: bool = False
+    on_step: Callable[[Step], None] = lambda step: None
+
+
 @dataclass
 class _Run:
     """What the steps of one quantization share."""
@@ -55,8 +72,7 @@ class _Run:
     reader: CheckpointReader
     llama: LlamaConfig
     config: QuantConfig
-    solver: str
-    options: Any
+    solver: Any
     device: torch.device
     writer: Any
     digests: dict[str, str] = field(default_factory=dict)
@@ -67,13 +83,10 @@ def quantize_checkpoint(
     model: str | Path,
     output: str | Path,
     windows: Tensor,
-    config: QuantConfig | None = None,
-    solver: str = "gptq",
-    options: Any = None,
-    device: str = "cpu",
-    overwrite: bool = False,
+    config: QuantConfig = QuantConfig(),  # noqa: B008 - frozen
+    solver: Any = GPTQOptions(),  # noqa: B008 - frozen
+    run_options: RunOptions = RunOptions(),  # noqa: B008 - frozen
     attention_mask: Tensor | None = None,
-    on_step: Callable[[Step], None] = lambda step: None,
 ) -> Report:
     """Quantize a float Llama checkpoint, layer by layer.
 
@@ -82,61 +95,45 @@ def quantize_checkpoint(
         output: folder to make; it appears whole at the end, or not at all.
         windows: (windows, tokens) int64 token ids to calibrate on.
         config: bits, group size, symmetric.
-        solver: a name in SOLVERS; `options` is an instance of its options class.
-        device: where layers are computed, "cpu" or "cuda".
-        overwrite: replace `output` if it exists.
+        solver: the options of one of SOLVERS; their class says which.
+        run_options: device, overwrite, progress.
         attention_mask: (windows, tokens), 0 for padding, which must be on the right.
-        on_step: called after each solved group.
 
     Returns:
         The report that is also written to `quantize_report.json`.
 
     Raises:
-        ValueError: the checkpoint, settings or windows do not fit; a tensor or activation is not finite.
+        ValueError: the checkpoint, settings or windows do not fit; a tensor or activation is not
+            finite.
         FileExistsError: `output` exists.
     """
-    start, output, config = time.perf_counter(), Path(output), config or QuantConfig()
-    if solver not in SOLVERS:
-        raise ValueError(f"solver {solver!r} is unknown; there are {', '.join(SOLVERS)}")
-    options = options or SOLVERS[solver][1]()
-    reader = CheckpointReader(Path(model))
-    if any(form.matches(reader) for form in FORMATS.values()):
-        raise ValueError(f"{model}: is quantized already; give the float checkpoint it was made from")
-    llama = LlamaConfig.from_dict(reader.config)
+    start, output = time.perf_counter(), Path(output)
+    reader, llama = _float_checkpoint(Path(model))
     check_shapes(llama, config)
-    mask = _checked_mask(windows, attention_mask, llama)
-    with whole_folder(output, overwrite) as folder, torch.inference_mode():
-        settings = {"solver": solver, **vars(options)}
+    mask = check_windows(windows, attention_mask, llama.vocab_size)
+    settings = {"solver": solver_name(solver), **vars(solver)}
+    with whole_folder(output, run_options.overwrite) as folder, torch.inference_mode():
         writer = FORMATS["autogptq"].Writer(folder, config, settings)
-        run = _Run(reader, llama, config, solver, options, torch.device(device), writer)
+        run = _Run(reader, llama, config, solver, torch.device(run_options.device), writer)
         for step in _layers(run, windows, mask):
-            on_step(step)
+            run_options.on_step(step)
         _copy_plain(run)
         writer.close(reader.config)
         reader.copy_companions(folder)
-        _verify(folder, run.digests)
+        verify(folder, run.digests)
         report = Report.of_run(reader.path, output, config, settings, windows, run.linears, start)
         report.write(folder)
     return report
 
 
-def _checked_mask(windows: Tensor, attention_mask: Tensor | None, llama: LlamaConfig) -> Tensor | None:
-    """The mask as bool, after checking that windows are ids of this model and padding is on the right."""
-    if windows.dim() != 2 or not windows.numel():
-        raise ValueError(f"calibration windows: shape {tuple(windows.shape)}, expected (windows, tokens), not empty")
-    if int(windows.max()) >= llama.vocab_size or int(windows.min()) < 0:
+def _float_checkpoint(path: Path) -> tuple[CheckpointReader, LlamaConfig]:
+    """The opened checkpoint and its geometry; a quantized one is refused."""
+    reader = CheckpointReader(path)
+    if any(form.matches(reader) for form in FORMATS.values()):
         raise ValueError(
-            f"calibration windows: token id {int(windows.max())} is outside the model's vocabulary of "
-            f"{llama.vocab_size}; the tokenizer belongs to another model"
+            f"{path}: is quantized already; give the float checkpoint it was made from"
         )
-    if attention_mask is None:
-        return None
-    mask = attention_mask.bool()
-    if mask.shape != windows.shape:
-        raise ValueError(f"attention_mask: shape {tuple(mask.shape)}, but windows have {tuple(windows.shape)}")
-    if not torch.equal(mask, mask.long().cummin(dim=1).values.bool()):
-        raise ValueError("attention_mask: padding must be on the right of each window")
-    return mask
+    return reader, LlamaConfig.from_dict(reader.config)
 
 
 def _layers(run: _Run, windows: Tensor, mask: Tensor | None) -> Iterator[Step]:
@@ -151,11 +148,14 @@ def _layers(run: _Run, windows: Tensor, mask: Tensor | None) -> Iterator[Step]:
             prefix = f"model.layers.{index}."
             if not torch.isfinite(hessian.matrix.diagonal()).all():
                 raise ValueError(
-                    f"{prefix}{group[0]}: its input is not finite; the model overflows here, or the layer is damaged"
+                    f"{prefix}{group[0]}: its input is not finite; the model overflows here, or "
+                    "the layer is damaged"
                 )
             linears = _solve_group(run, layer, prefix, group, hessian.matrix, hessian.tokens)
             run.linears += linears
             yield Step(index, run.llama.num_hidden_layers, tuple(linears))
+        run.writer.flush()
+        run.reader.release()
 
 
 def _read_layer(run: _Run, index: int) -> DecoderLayer:
@@ -169,7 +169,8 @@ def _read_layer(run: _Run, index: int) -> DecoderLayer:
         tensor = run.reader.tensor(prefix + name)
         if tensor.shape != empty.shape:
             raise ValueError(
-                f"{prefix}{name}: shape {tuple(tensor.shape)} in the file, {tuple(empty.shape)} by config.json"
+                f"{prefix}{name}: shape {tuple(tensor.shape)} in the file, {tuple(empty.shape)} "
+                "by config.json"
             )
         state[name] = tensor.to(run.device, torch.float32)
         if not torch.isfinite(state[name]).all():
@@ -181,13 +182,20 @@ def _read_layer(run: _Run, index: int) -> DecoderLayer:
 
 
 def _solve_group(
-    run: _Run, layer: DecoderLayer, prefix: str, group: tuple[str, ...], hessian: Tensor, tokens: int
+    run: _Run,
+    layer: DecoderLayer,
+    prefix: str,
+    group: tuple[str, ...],
+    hessian: Tensor,
+    tokens: int,
 ) -> list[LinearReport]:
-    """Solve the linears of one group as one stack of rows; write the codes, put their values into the layer."""
+    """Solve the linears of one group as one stack of rows; write the codes, put their values into
+    the layer.
+    """
     weights: list[Tensor] = [layer.linear(name).weight for name in group]
     stack = torch.cat(weights) if len(weights) > 1 else weights[0]
-    solution = SOLVERS[run.solver][0](stack, hessian, run.config, run.options)
-    plain = round_to_nearest(stack, hessian, run.config, SOLVERS["rtn"][1]())
+    solution = solve(stack, hessian, run.config, run.solver)
+    plain = solve(stack, hessian, run.config, RTNOptions())
     reports, row = [], 0
     for name, weight in zip(group, weights, strict=True):
         rows = slice(row, row + len(weight))
@@ -197,10 +205,18 @@ def _solve_group(
         error = relative_error(weight, dense, hessian)
         rtn_error = relative_error(weight, plain.tensor.rows(rows).dequantize(), hessian)
         reports.append(
-            LinearReport(prefix + name, error, rtn_error, solution.damp, tokens, weight.shape[1], solution.notes)
+            LinearReport(
+                prefix + name,
+                error,
+                rtn_error,
+                solution.damp,
+                tokens,
+                weight.shape[1],
+                solution.notes,
+            )
         )
         run.writer.add_quantized(prefix + name, qt)
-        run.digests[prefix + name] = _digest(qt)
+        run.digests[prefix + name] = digest(qt)
         weight.copy_(dense)
     return reports
 
@@ -212,20 +228,3 @@ def _copy_plain(run: _Run) -> None:
         names.append("lm_head.weight")
     for name in names:
         run.writer.add_plain(name, run.reader.tensor(name))
-
-
-def _digest(qt: QuantizedTensor) -> str:
-    """A hash of codes, scales and zeros."""
-    parts = (qt.codes, qt.grid.scales.to(torch.float16), qt.grid.zeros)
-    return hashlib.sha256(b"".join(part.cpu().contiguous().numpy().tobytes() for part in parts)).hexdigest()
-
-
-def _verify(folder: Path, digests: dict[str, str]) -> None:
-    """Read the finished checkpoint and compare every code, scale and zero with the solver's."""
-    seen = {}
-    for name, value in FORMATS["autogptq"].read(CheckpointReader(folder)):
-        if isinstance(value, QuantizedTensor):
-            seen[name] = _digest(value)
-    different = sorted(name for name in digests if seen.get(name) != digests[name])
-    if different:
-        raise OSError(f"{folder}: read back, {different[0]} differs from what was written; the disk is not reliable")

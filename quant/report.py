@@ -1,4 +1,6 @@
-"""quantize_report.json: what was done to each linear, with which settings and data, and what it cost."""
+"""quantize_report.json: what was done to each linear, with which settings and data, and what it
+cost.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ FILE_NAME = "quantize_report.json"
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One linear. Errors are tr(E H E^T) / tr(W H W^T): the share of the output's energy that is lost."""
+    """One linear. Errors are tr(E H E^T) / tr(W H W^T): the share of the output's energy that is
+    lost.
+    """
 
     name: str
     relative_error: float
@@ -43,7 +47,8 @@ class LinearReport:
             )
         if self.tokens < self.in_features:
             lines.append(
-                f"{self.name}: {self.tokens} calibration tokens for {self.in_features} inputs; use more --samples"
+                f"{self.name}: {self.tokens} calibration tokens for {self.in_features} inputs; "
+                "use more --samples"
             )
         return lines
 
@@ -98,8 +103,13 @@ class Report:
         """The run in one line."""
         mine = sum(linear.relative_error for linear in self.linears) / len(self.linears)
         plain = sum(linear.rtn_relative_error for linear in self.linears) / len(self.linears)
-        memory = "" if self.peak_memory_bytes is None else f", peak memory {self.peak_memory_bytes / 1e9:.2f} GB"
-        return f"mean relative error {mine:.5f} (round-to-nearest {plain:.5f}), {self.seconds:.1f} s{memory}"
+        memory = (
+            ""
+            if self.peak_memory_bytes is None
+            else f", peak memory {self.peak_memory_bytes / 1e9:.2f} GB"
+        )
+        errors = f"mean relative error {mine:.5f} (round-to-nearest {plain:.5f})"
+        return f"{errors}, {self.seconds:.1f} s{memory}"
 
     def write(self, folder: Path) -> None:
         (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

@@ -32,17 +32,24 @@ GEOMETRY = {
 
 
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def private_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The note of the last checkpoint must not touch the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def random_state(config: dict[str, Any], dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+def random_state(
+    config: dict[str, Any], dtype: torch.dtype = torch.float16
+) -> dict[str, torch.Tensor]:
     """Random tensors under Hugging Face names."""
     generator = torch.Generator().manual_seed(0)
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    shapes = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
     if not config.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     for i in range(config["num_hidden_layers"]):
@@ -51,9 +58,14 @@ def random_state(config: dict[str, Any], dtype: torch.dtype = torch.float16) -> 
         shapes |= {p + f"self_attn.{n}_proj.weight": (kv, hidden) for n in "kv"}
         shapes |= {p + f"mlp.{n}_proj.weight": (ffn, hidden) for n in ("gate", "up")}
         shapes[p + "mlp.down_proj.weight"] = (hidden, ffn)
-        shapes |= {p + n + ".weight": (hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
+        shapes |= {
+            p + n + ".weight": (hidden,) for n in ("input_layernorm", "post_attention_layernorm")
+        }
     return {
-        name: (torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) == 2 else 0.1)).to(dtype)
+        name: (
+            torch.randn(shape, generator=generator)
+            * (shape[-1] ** -0.5 if len(shape) == 2 else 0.1)
+        ).to(dtype)
         + (1 if len(shape) == 1 else 0)
         for name, shape in shapes.items()
     }
@@ -74,7 +86,9 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
             file = f"model-{shard + 1:05d}-of-00002.safetensors"
             save_file(part, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(part, file)
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
         (folder / "config.json").write_text(json.dumps(config))
         for file in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
             shutil.copyfile(BUNDLED / file, folder / file)

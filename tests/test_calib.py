@@ -27,7 +27,9 @@ def test_windows_are_packed_without_overlap_and_seeded() -> None:
     windows = token_windows(words, texts, 5, 40, seed=1)
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is not touched
     assert windows.shape == (5, 40) and windows.dtype == torch.int64
-    assert all(torch.equal(row, torch.arange(row[0], row[0] + 40)) and row[0] % 40 == 0 for row in windows)
+    assert all(
+        torch.equal(row, torch.arange(row[0], row[0] + 40)) and row[0] % 40 == 0 for row in windows
+    )
     assert torch.equal(windows, token_windows(words, texts, 5, 40, seed=1))
     assert not torch.equal(windows, token_windows(words, texts, 5, 40, seed=2))
 
@@ -58,7 +60,9 @@ def test_hessian_is_the_sum_over_kept_tokens() -> None:
 
 
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 30])
-def test_walk_computes_the_layer_and_sees_replaced_weights(monkeypatch: pytest.MonkeyPatch, keep_bytes: int) -> None:
+def test_walk_computes_the_layer_and_sees_replaced_weights(
+    monkeypatch: pytest.MonkeyPatch, keep_bytes: int
+) -> None:
     monkeypatch.setattr(capture, "KEEP_BYTES", keep_bytes)
     config = LlamaConfig(64, 32, 48, 1, 4, 2, 8)
     torch.manual_seed(0)
@@ -74,7 +78,9 @@ def test_walk_computes_the_layer_and_sees_replaced_weights(monkeypatch: pytest.M
     assert (hidden - layer(start)).abs().max() < 1e-4
     for group in LINEAR_GROUPS:  # the inputs that a plain forward of the replaced layer shows
         caught: list[torch.Tensor] = []
-        handle = layer.linear(group[0]).register_forward_pre_hook(lambda _, args, c=caught: c.append(args[0]))
+        handle = layer.linear(group[0]).register_forward_pre_hook(
+            lambda _, args, c=caught: c.append(args[0])
+        )
         layer(start)
         handle.remove()
         x = caught[0].reshape(-1, caught[0].shape[-1]).double()
@@ -96,13 +102,19 @@ def test_stdlib_without_sources_falls_back(tmp_path: Path) -> None:
 
 def test_local_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "two"}) + "\n\n" + json.dumps({"text": "three"}))
+    (tmp_path / "b.jsonl").write_text(
+        json.dumps({"text": "two"}) + "\n\n" + json.dumps({"text": "three"})
+    )
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
     pq.write_table(pyarrow.table({"text": ["four"]}), tmp_path / "c.parquet")
     assert list(documents([str(tmp_path)])) == ["one", "two", "three", "four"]
-    assert list(documents([str(tmp_path / "b.jsonl"), str(tmp_path / "a.txt")])) == ["two", "three", "one"]
+    assert list(documents([str(tmp_path / "b.jsonl"), str(tmp_path / "a.txt")])) == [
+        "two",
+        "three",
+        "one",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +141,9 @@ def test_missing_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "c4"])
-def test_a_source_without_network_names_the_way_out(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_source_without_network_names_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     import datasets
 
     def offline(*args: object, **kwargs: object) -> None:

@@ -10,22 +10,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quant.checkpoint import CheckpointReader, CheckpointWriter
+from quant.checkpoint import CheckpointReader
+from quant.checkpoint_writer import CheckpointWriter
 
 
-def test_writer_streams_shards_and_reader_finds_them(tmp_path: Path) -> None:
-    state = {f"t{i}": torch.randn(10, 10) for i in range(7)}
-    writer = CheckpointWriter(tmp_path, shard_bytes=900)
+def test_writer_streams_parts_and_joins_them(tmp_path: Path) -> None:
+    dtypes = [torch.float32, torch.float16, torch.uint8]
+    state = {f"t{i}": (torch.rand(9, 11) * 99).to(dtypes[i % 3]) for i in range(8)}
+    writer = CheckpointWriter(tmp_path, shard_bytes=2000)
     for name, tensor in state.items():
         writer.add(name, tensor)
-    assert len(list(tmp_path.glob("part-*"))) == 3  # two a shard, the last one still open
+        if name in ("t1", "t2", "t5"):
+            writer.flush()
+    assert len(list(tmp_path.glob("part-*"))) == 3  # the last two are still queued
     writer.close()
     files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
-    assert files == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    assert files == [f"model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
     (tmp_path / "config.json").write_text("{}")
     reader = CheckpointReader(tmp_path)
     assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in state.items())
     assert sorted(reader.names()) == sorted(state) and "t0" in reader and "x" not in reader
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    total = sum(t.numel() * t.element_size() for t in state.values())
+    assert index["metadata"]["total_size"] == total
 
 
 def test_one_shard_has_the_plain_name(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,13 +20,26 @@ Make = Callable[..., Path]
 
 def cli(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "cli.py"), *map(str, args)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, encoding="utf-8", errors="replace")
+    return subprocess.run(
+        command, cwd=cwd, env=environment(), capture_output=True, encoding="utf-8", errors="replace"
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def quick(source: Path) -> list[str]:
+    """A small quantize command."""
+    sizes = ["--samples", "4", "--seq-len", "64"]
+    return ["quantize", "--model", str(source), "--output", "out", *sizes]
 
 
 def test_the_two_commands_of_the_readme(tmp_path: Path) -> None:
     """The commands in README's first code block, on the bundled model."""
-    block = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    block = re.findall(
+        r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )[0]
     commands = re.findall(r"python cli.py (.*)", block)
     assert [command.split()[0] for command in commands] == ["quantize", "eval", "generate"]
     outputs = []
@@ -46,18 +60,46 @@ def test_own_model_with_options(make_checkpoint: Make, tmp_path: Path) -> None:
     text.write_text("some text to calibrate on and to judge with\n" * 200)
     run = cli(
         *("quantize", "--model", source, "--output", "out", "--bits", 4, "--asym", "--calib", text),
-        *("--samples", 8, "--seq-len", 64, "--no-act-order", "--damp", 0.05, "--device", "cpu", "--seed", 3),
+        *(
+            "--samples",
+            8,
+            "--seq-len",
+            64,
+            "--no-act-order",
+            "--damp",
+            0.05,
+            "--device",
+            "cpu",
+            "--seed",
+            3,
+        ),
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr
     assert "group size 128 does not divide every linear of this model; using 64" in run.stdout
-    assert json.loads((tmp_path / "out" / "quantize_report.json").read_text())["settings"]["damp"] == 0.05
+    assert (
+        json.loads((tmp_path / "out" / "quantize_report.json").read_text())["settings"]["damp"]
+        == 0.05
+    )
     run = cli("eval", "--ppl", "--data", text, "--window", 64, "--json", cwd=tmp_path)
     result = json.loads(run.stdout)
     assert result["perplexity"] > 1 and result["reference"]["kl_mean"] >= 0
-    run = cli("generate", "x", "--model", source, "--max-new-tokens", 3, "--temperature", 0.5, cwd=tmp_path)
+    run = cli(
+        "generate",
+        "x",
+        "--model",
+        source,
+        "--max-new-tokens",
+        3,
+        "--temperature",
+        0.5,
+        cwd=tmp_path,
+    )
     assert run.returncode == 0 and run.stdout.startswith("x")
-    assert "grid:                 4 bits, group size 64, asymmetric" in cli("inspect", "out", cwd=tmp_path).stdout
+    assert (
+        "grid:                 4 bits, group size 64, asymmetric"
+        in cli("inspect", "out", cwd=tmp_path).stdout
+    )
     assert "to quantize:" in cli("inspect", source, cwd=tmp_path).stdout
 
 
@@ -72,10 +114,16 @@ def test_without_arguments_and_help(tmp_path: Path) -> None:
 BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "no folder": (["quantize", "--model", "absent"], "absent: no such folder"),
     "bits": (["quantize", "--model", "MODEL", "--bits", "5"], "bits 5 is not supported"),
-    "group": (["quantize", "--model", "MODEL", "--group-size", "48"], "group_size 48 is not supported"),
+    "group": (
+        ["quantize", "--model", "MODEL", "--group-size", "48"],
+        "group_size 48 is not supported",
+    ),
     "solver": (["quantize", "--model", "MODEL", "--solver", "x"], "solver 'x' is unknown"),
     "empty text": (["quantize", "--model", "MODEL", "--calib", "empty.txt"], "empty.txt: is empty"),
-    "short text": (["quantize", "--model", "MODEL", "--calib", "short.txt"], "fewer than one window of 256"),
+    "short text": (
+        ["quantize", "--model", "MODEL", "--calib", "short.txt"],
+        "fewer than one window of 256",
+    ),
     "no text": (["quantize", "--model", "MODEL", "--calib", "x.txt"], "x.txt: no such file"),
     "nothing yet": (["eval", "--ppl"], "nothing quantized yet"),
     "generate nothing": (["generate", "a"], "nothing quantized yet"),
@@ -92,8 +140,53 @@ def test_bad_input_is_one_line(make_checkpoint: Make, tmp_path: Path, case: str)
     arguments, message = BAD_INPUT[case]
     run = cli(*[str(source) if a == "MODEL" else a for a in arguments], cwd=tmp_path)
     assert run.returncode == 2
-    assert message in run.stderr and len(run.stderr.splitlines()) == 1 and "Traceback" not in run.stderr
+    assert (
+        message in run.stderr
+        and len(run.stderr.splitlines()) == 1
+        and "Traceback" not in run.stderr
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_leaves_nothing(make_checkpoint: Make, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    limited = (  # files of 100 KB at most: what a full disk does, without filling one
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); import cli; cli.main()"
+    )
+    pytest.importorskip("resource")
+    (tmp_path / "here").mkdir()
+    command = [sys.executable, "-c", limited, *quick(source)]
+    run = subprocess.run(
+        command, cwd=tmp_path / "here", env=environment(), capture_output=True, text=True
+    )
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "cannot be written" in run.stderr.splitlines()[-1]
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_leaves_nothing(make_checkpoint: Make, tmp_path: Path) -> None:
+    source = make_checkpoint(num_hidden_layers=60)
+    (tmp_path / "here").mkdir()
+    command = [sys.executable, str(ROOT / "cli.py"), *quick(source)]
+    with subprocess.Popen(
+        command, cwd=tmp_path / "here", env=environment(), stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stderr is not None
+        first = run.stderr.readline()
+        run.send_signal(signal.SIGINT)
+        rest = run.stderr.read()
+    assert "layer 1/60" in first
+    assert run.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
+def test_a_closed_pipe_is_no_error(make_checkpoint: Make, tmp_path: Path) -> None:
+    command = f"'{sys.executable}' '{ROOT / 'cli.py'}' inspect '{make_checkpoint()}' | true"
+    run = subprocess.run(command, shell=True, env=environment(), capture_output=True, text=True)
+    assert run.stderr == ""
 
 
 def test_missing_tokenizer_and_foreign_architecture(make_checkpoint: Make, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""pytest tests/test_formats.py: round trips of the GPTQ format, and files as other tools write them."""
+"""pytest tests/test_formats.py: round trips of the GPTQ format, and files as other tools write
+them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def random_tensor(bits: int, groups: int = 2, symmetric: bool = False) -> Quanti
     zeros = torch.randint(1, 2**bits, (96, groups), generator=generator, dtype=torch.uint8)
     if symmetric:
         zeros.fill_(2 ** (bits - 1))
-    return QuantizedTensor(codes, Grid(torch.rand(96, groups, generator=generator).half().float(), zeros, bits))
+    return QuantizedTensor(
+        codes, Grid(torch.rand(96, groups, generator=generator).half().float(), zeros, bits)
+    )
 
 
 def read_all(folder: Path, form: str = "autogptq") -> dict[str, Any]:
@@ -47,7 +51,9 @@ def test_round_trip_is_exact(tmp_path: Path, form: str, bits: int, symmetric: bo
     assert back["a.b"].group_index is None and back["norm.weight"].dtype == torch.bfloat16
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["pretraining_tp"] == 1
-    assert config["quantization_config"] == json.loads((tmp_path / "quantize_config.json").read_text())
+    assert config["quantization_config"] == json.loads(
+        (tmp_path / "quantize_config.json").read_text()
+    )
 
 
 def test_an_independent_reader_agrees(tmp_path: Path) -> None:
@@ -57,19 +63,29 @@ def test_an_independent_reader_agrees(tmp_path: Path) -> None:
     writer.close({"model_type": "llama"})
     file = load_file(tmp_path / "model.safetensors")
     words = file["a.qweight"].numpy().astype(np.uint32)
-    codes = np.concatenate([(words[r] >> 4 * i & 15)[None] for r in range(8) for i in range(8)])  # (K, N)
+    codes = np.concatenate(
+        [(words[r] >> 4 * i & 15)[None] for r in range(8) for i in range(8)]
+    )  # (K, N)
     zero_words = file["a.qzeros"].numpy().astype(np.uint32)
-    zeros = np.stack([zero_words[:, n // 8] >> 4 * (n % 8) & 15 for n in range(96)], 1) + 1  # (G, N)
+    zeros = (
+        np.stack([zero_words[:, n // 8] >> 4 * (n % 8) & 15 for n in range(96)], 1) + 1
+    )  # (G, N)
     groups = file["a.g_idx"].numpy()
     weight = file["a.scales"].float().numpy()[groups] * (codes.astype(np.float32) - zeros[groups])
     assert (file["a.qzeros"] == 0x77777777).all()
     assert np.array_equal(weight.T, qt.dequantize().numpy())
 
 
-def foreign(folder: Path, stored: dict[str, Any], zeros: int, g_idx: torch.Tensor | None, where: str) -> torch.Tensor:
-    """A file as another tool writes it: constant stored zeros, any g_idx; returns its codes (out, in)."""
+def foreign(
+    folder: Path, stored: dict[str, Any], zeros: int, g_idx: torch.Tensor | None, where: str
+) -> torch.Tensor:
+    """A file as another tool writes it: constant stored zeros, any g_idx; returns its codes (out,
+    in).
+    """
     folder.mkdir(exist_ok=True)
-    codes = torch.randint(0, 16, (64, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(
+        0, 16, (64, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     state = {
         "m.qweight": pack(codes, 4),
         "m.qzeros": pack(torch.full((32, 2), zeros, dtype=torch.uint8), 4).T.contiguous(),
@@ -77,7 +93,10 @@ def foreign(folder: Path, stored: dict[str, Any], zeros: int, g_idx: torch.Tenso
     }
     if g_idx is not None:
         state["m.g_idx"] = g_idx.to(torch.int32)
-    save_file(state, folder / ("gptq_model-4bit-32g.safetensors" if where == "old" else "model.safetensors"))
+    save_file(
+        state,
+        folder / ("gptq_model-4bit-32g.safetensors" if where == "old" else "model.safetensors"),
+    )
     config: dict[str, Any] = {"model_type": "llama"}
     if where == "config":
         config["quantization_config"] = stored
@@ -100,7 +119,9 @@ V1 = {"bits": 4, "group_size": 32, "desc_act": False, "sym": True}
         ({**V1, "checkpoint_format": "gptq"}, 8),  # mislabelled files exist: all zeros are 8
     ],
 )
-def test_both_zero_conventions(tmp_path: Path, stored: dict[str, Any], zeros: int, where: str) -> None:
+def test_both_zero_conventions(
+    tmp_path: Path, stored: dict[str, Any], zeros: int, where: str
+) -> None:
     codes = foreign(tmp_path, stored, zeros, None, where)
     assert torch.equal(read_all(tmp_path)["m"].dequantize(), codes.float() - 8)
 
@@ -120,7 +141,9 @@ def test_shuffled_groups_are_kept(tmp_path: Path) -> None:
         ({**V1, "bits": 5}, "bits 5 is not supported"),
     ],
 )
-def test_unreadable_settings_are_refused(tmp_path: Path, stored: dict[str, Any], message: str) -> None:
+def test_unreadable_settings_are_refused(
+    tmp_path: Path, stored: dict[str, Any], message: str
+) -> None:
     foreign(tmp_path, stored, 7, None, "config")
     with pytest.raises(ValueError, match=message):
         read_all(tmp_path)

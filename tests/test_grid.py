@@ -47,7 +47,9 @@ def test_an_empty_group_is_harmless() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_packing_is_one_run_of_bits(bits: int) -> None:
-    codes = torch.randint(0, 2**bits, (96, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(
+        0, 2**bits, (96, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     words = pack(codes, bits)
     assert words.dtype == torch.int32 and words.shape == (96 * bits // 32, 7)
     assert torch.equal(unpack(words, bits, 96), codes)
@@ -68,6 +70,8 @@ def test_config_is_checked() -> None:
         QuantConfig(bits=5)
     with pytest.raises(ValueError, match="group_size 48"):
         QuantConfig(group_size=48)
-    with pytest.raises(ValueError, match="down_proj: in_features 11000 is not divisible by group_size 128"):
+    with pytest.raises(
+        ValueError, match="down_proj: in_features 11000 is not divisible by group_size 128"
+    ):
         QuantConfig().check("down_proj", 11000)
     assert np.isclose(QuantConfig(3).max_code, 7)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from quant.llama.cache import KVCache
 from quant.llama.config import LlamaConfig
 from quant.llama.generate import Sampling, generate, sample
-from quant.llama.model import KVCache, Llama
+from quant.llama.model import Llama
 
 BASE = {
     "vocab_size": 128,
@@ -89,7 +91,10 @@ def test_float16_weights_compute_in_float32() -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope type 'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope type 'llama3' is not supported"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
+        ),
     ],
 )
 def test_config_refuses_by_name(change: dict[str, Any], message: str) -> None:
@@ -98,7 +103,12 @@ def test_config_refuses_by_name(change: dict[str, Any], message: str) -> None:
 
 
 def test_old_config_keys() -> None:
-    raw = {**BASE, "model_type": "llama", "rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    raw = {
+        **BASE,
+        "model_type": "llama",
+        "rope_theta": 7.0,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    }
     raw |= {"eos_token_id": [2, 5], "pretraining_tp": 4}
     config = LlamaConfig.from_dict(raw)
     assert (config.rope_theta, config.rope_type, config.rope_factor) == (7.0, "linear", 2.0)
@@ -108,8 +118,12 @@ def test_old_config_keys() -> None:
 def test_greedy_generation_equals_transformers() -> None:
     ours, theirs, _ = pair()
     ids = [1, 5, 9]
-    expected = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    expected = theirs.generate(
+        torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
     assert list(generate(ours, ids, 12)) == expected[0, 3:].tolist()
+    ours.config = replace(ours.config, eos_token_ids=())
+    assert torch.equal(ours.generate(torch.tensor([ids]), max_new_tokens=12), expected)
 
 
 def test_generation_stops_and_refuses() -> None:

@@ -13,7 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant import QuantConfig, evaluate, load_model, load_quantized, quantize_checkpoint
+from quant import (
+    QuantConfig,
+    RunOptions,
+    evaluate,
+    load_model,
+    load_quantized,
+    quantize_checkpoint,
+)
 from quant.checkpoint import CheckpointReader
 from quant.formats import FORMATS
 from quant.grid import QuantizedTensor
@@ -35,29 +42,38 @@ def test_quantize_load_and_compare(
     source, output = make_checkpoint(), tmp_path / "out"
     steps: list[Any] = []
     config = QuantConfig(4, 64, symmetric)
-    report = quantize_checkpoint(source, output, windows, config, solver, on_step=steps.append)
+    options, watch = SOLVERS[solver][1](), RunOptions(on_step=steps.append)
+    report = quantize_checkpoint(source, output, windows, config, options, watch)
     assert len(steps) == 8 and len(report.linears) == 14
     assert all(linear.tokens == windows.numel() for linear in report.linears)
     stored = json.loads((output / "quantize_report.json").read_text())
     assert stored["linears"][0]["name"] == "model.layers.0.self_attn.q_proj"
-    assert {"tokenizer.model", "config.json", "quantize_config.json"} <= {p.name for p in output.iterdir()}
+    assert {"tokenizer.model", "config.json", "quantize_config.json"} <= {
+        p.name for p in output.iterdir()
+    }
     model, tokenizer = load_quantized(output, device="cpu")
     dense = load_model(source, device="cpu")
     for name, value in entries(output).items():
         if isinstance(value, QuantizedTensor):
-            dense.get_submodule(name).weight = torch.nn.Parameter(value.dequantize(), requires_grad=False)
+            dense.get_submodule(name).weight = torch.nn.Parameter(
+                value.dequantize(), requires_grad=False
+            )
     expected, actual = dense(windows), model(windows)
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert tokenizer.decode(tokenizer.encode("def f():")) == "def f():"
 
 
-def test_gptq_loses_less_than_rounding(make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+def test_gptq_loses_less_than_rounding(
+    make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path
+) -> None:
     report = quantize_checkpoint(make_checkpoint(), tmp_path / "out", windows, QuantConfig(3, 32))
     assert all(linear.relative_error < linear.rtn_relative_error for linear in report.linears)
     assert report.warnings == []
 
 
-def test_padding_changes_nothing(make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+def test_padding_changes_nothing(
+    make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path
+) -> None:
     source, config = make_checkpoint(), QuantConfig(4, 64)
     quantize_checkpoint(source, tmp_path / "plain", windows, config)
     padded = torch.cat([windows, torch.full((8, 9), 7)], dim=1)
@@ -69,14 +85,20 @@ def test_padding_changes_nothing(make_checkpoint: Make, windows: torch.Tensor, t
     assert (plain[name].codes != masked[name].codes).float().mean() < 0.001  # summation order only
     with pytest.raises(ValueError, match="padding must be on the right"):
         quantize_checkpoint(source, tmp_path / "x", padded, config, attention_mask=mask.flip(1))
-    with pytest.raises(ValueError, match=r"attention_mask: shape \(8, 64\), but windows have \(8, 73\)"):
+    with pytest.raises(
+        ValueError, match=r"attention_mask: shape \(8, 64\), but windows have \(8, 73\)"
+    ):
         quantize_checkpoint(source, tmp_path / "x", padded, config, attention_mask=mask[:, :64])
 
 
-def test_tied_head_bfloat16_and_too_few_tokens(make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+def test_tied_head_bfloat16_and_too_few_tokens(
+    make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path
+) -> None:
     source = make_checkpoint(dtype=torch.bfloat16, tie_word_embeddings=True)
     report = quantize_checkpoint(source, tmp_path / "out", windows[:1], QuantConfig(4, 32))
-    assert any("down_proj: 64 calibration tokens for 256 inputs" in line for line in report.warnings)
+    assert any(
+        "down_proj: 64 calibration tokens for 256 inputs" in line for line in report.warnings
+    )
     assert "lm_head.weight" not in entries(tmp_path / "out")
     model, _ = load_quantized(tmp_path / "out", device="cpu")
     assert model.lm_head.weight.dtype == torch.bfloat16 and torch.isfinite(model(windows)).all()
@@ -99,7 +121,10 @@ def spoil(weight: torch.Tensor) -> torch.Tensor:
     ("change", "message"),
     [
         (spoil, "model.layers.1.mlp.up_proj.weight: holds NaN or inf"),
-        (lambda w: w[:100], r"up_proj.weight: shape \(100, 128\) in the file, \(256, 128\) by config.json"),
+        (
+            lambda w: w[:100],
+            r"up_proj.weight: shape \(100, 128\) in the file, \(256, 128\) by config.json",
+        ),
     ],
 )
 def test_damaged_weights_leave_nothing(
@@ -112,18 +137,24 @@ def test_damaged_weights_leave_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
 
 
-def test_overflow_names_the_module(make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+def test_overflow_names_the_module(
+    make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path
+) -> None:
     source = make_checkpoint(dtype=torch.float32)
     damage(source, "model.layers.1.input_layernorm.weight", lambda w: w * 1e30)
-    with pytest.raises(ValueError, match="model.layers.1.self_attn.q_proj: its input is not finite"):
+    with pytest.raises(
+        ValueError, match="model.layers.1.self_attn.q_proj: its input is not finite"
+    ):
         quantize_checkpoint(source, tmp_path / "out", windows, QuantConfig(4, 64))
 
 
-def test_settings_and_data_are_checked(make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path) -> None:
+def test_settings_and_data_are_checked(
+    make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path
+) -> None:
     source, out = make_checkpoint(), tmp_path / "out"
     with pytest.raises(ValueError, match="in_features 128 is not divisible by group_size 96"):
         quantize_checkpoint(source, out, windows, QuantConfig(4, 96))
-    with pytest.raises(ValueError, match="solver 'x' is unknown"):
+    with pytest.raises(ValueError, match="solver 'x' is unknown; give one of GPTQOptions"):
         quantize_checkpoint(source, out, windows, solver="x")
     with pytest.raises(ValueError, match="token id 2080 is outside the model's vocabulary of 2080"):
         quantize_checkpoint(source, out, windows * 0 + 2080)
@@ -144,7 +175,9 @@ def test_quantizing_twice_is_refused_and_overwriting_is_whole(
     quantize_checkpoint(source, out, windows, QuantConfig(4, 64))
     with pytest.raises(ValueError, match="is quantized already"):
         quantize_checkpoint(out, tmp_path / "again", windows)
-    quantize_checkpoint(source, out, windows, QuantConfig(8, 64), overwrite=True)
+    quantize_checkpoint(
+        source, out, windows, QuantConfig(8, 64), run_options=RunOptions(overwrite=True)
+    )
     assert entries(out)["model.layers.0.mlp.up_proj"].bits == 8
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "tiny"]
 
@@ -162,7 +195,7 @@ def test_nothing_stays_after_a_full_disk_or_ctrl_c(
     def fail(*args: object, **kwargs: object) -> None:
         raise error
 
-    monkeypatch.setattr("quant.checkpoint.save_file", fail)
+    monkeypatch.setattr("quant.checkpoint_writer.save_file", fail)
     with pytest.raises(type(error)):
         quantize_checkpoint(source, tmp_path / "out", windows, QuantConfig(4, 64))
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
@@ -191,12 +224,17 @@ def test_loading_is_checked(make_checkpoint: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="backend 'x' is unknown"):
         choose("cpu", "x")
     damage(source, "model.norm.weight", lambda w: w[:5])
-    with pytest.raises(ValueError, match=r"model.norm.weight: shape \(5,\) in the file, \(128,\) by config.json"):
+    with pytest.raises(
+        ValueError, match=r"model.norm.weight: shape \(5,\) in the file, \(128,\) by config.json"
+    ):
         load_model(source, device="cpu")
 
 
 def test_evaluation_by_a_literal_formula(make_checkpoint: Make) -> None:
-    model, other = load_model(make_checkpoint()), load_model(make_checkpoint("b", dtype=torch.bfloat16))
+    model, other = (
+        load_model(make_checkpoint()),
+        load_model(make_checkpoint("b", dtype=torch.bfloat16)),
+    )
     ids = torch.randint(0, 2048, (330,), generator=torch.Generator().manual_seed(0))
     result = evaluate(model, ids, 100, other)
     losses, other_losses, divergences, same = [], [], [], []
@@ -212,10 +250,16 @@ def test_evaluation_by_a_literal_formula(make_checkpoint: Make) -> None:
     against = result.reference
     assert against is not None
     differences = torch.tensor(losses) - torch.tensor(other_losses)
-    assert math.isclose(against.nll_difference_standard_error, differences.std().item() / 3**0.5, rel_tol=1e-2)
+    assert math.isclose(
+        against.nll_difference_standard_error, differences.std().item() / 3**0.5, rel_tol=1e-2
+    )
     assert math.isclose(against.kl_mean, torch.cat(divergences).mean().item(), rel_tol=1e-3)
-    assert math.isclose(against.kl_99th_percentile, torch.cat(divergences).sort().values[294].item(), rel_tol=1e-3)
-    assert math.isclose(against.top1_agreement, torch.cat(same).double().mean().item(), rel_tol=1e-6)
+    assert math.isclose(
+        against.kl_99th_percentile, torch.cat(divergences).sort().values[294].item(), rel_tol=1e-3
+    )
+    assert math.isclose(
+        against.top1_agreement, torch.cat(same).double().mean().item(), rel_tol=1e-6
+    )
     with pytest.raises(ValueError, match="330 tokens are fewer than one window of 400"):
         evaluate(model, ids, 400)
     with pytest.raises(ValueError, match="token id 9999 is outside"):

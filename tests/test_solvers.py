@@ -14,15 +14,19 @@ from quant.solvers.gptq import GPTQOptions
 from quant.solvers.loss import relative_error
 
 
-def problem(rows: int, columns: int, seed: int, tokens: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+def problem(
+    rows: int, columns: int, seed: int, tokens: int = 400
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator) * 0.3 + torch.eye(columns)
     x = torch.randn(tokens, columns, generator=generator) @ mix
     return torch.randn(rows, columns, generator=generator), x.T @ x
 
 
-def literal_obq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, width: int, damp: float) -> torch.Tensor:
-    """Optimal brain quantization, column by column, with the inverse Hessian of the columns left."""
+def literal_obq(
+    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, width: int, damp: float
+) -> torch.Tensor:
+    """Optimal brain quantization, column by column, inverting the Hessian of the columns left."""
     W, H = weight.double().clone(), hessian.double()
     H = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64)
     codes = torch.zeros_like(W)
@@ -53,7 +57,9 @@ def test_act_order_is_obq_on_sorted_columns() -> None:
     order = hessian.diagonal().argsort(descending=True)
     grid = fit_minmax(weight, config)
     expected = literal_obq(weight[:, order], hessian[order][:, order], grid, 32, 0.01)
-    assert torch.equal(gptq.solve(weight, hessian, config, GPTQOptions()).tensor.codes[:, order], expected)
+    assert torch.equal(
+        gptq.solve(weight, hessian, config, GPTQOptions()).tensor.codes[:, order], expected
+    )
 
 
 def test_worked_example() -> None:

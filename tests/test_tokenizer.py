@@ -11,7 +11,9 @@ from quant.llama.tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).parents[1] / "quant" / "bundled"
 LLAMA2 = Path(
-    os.environ.get("LLAMA2_TOKENIZER", Path(__file__).parents[2] / "shared" / "data" / "llama2-tokenizer.model")
+    os.environ.get(
+        "LLAMA2_TOKENIZER", Path(__file__).parents[2] / "shared" / "data" / "llama2-tokenizer.model"
+    )
 )
 
 
@@ -38,7 +40,13 @@ def test_facts_of_llama2(tmp_path: Path) -> None:
     assert 1 not in tokenizer.encode("<s>", bos=False)  # control strings in text are text
 
 
-TEXTS = ["def f(x):\n    return x + 1", "  two  spaces ", "naïve café — 日本語 🙂🙂 done", "", "\t\ttabs\n\n\n"]
+TEXTS = [
+    "def f(x):\n    return x + 1",
+    "  two  spaces ",
+    "naïve café — 日本語 🙂🙂 done",
+    "",
+    "\t\ttabs\n\n\n",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -64,14 +72,23 @@ def test_tokenizer_json(tmp_path: Path) -> None:
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).encode("a b") == [2, 3]
-    settings = '{"tokenizer_class": "LlamaTokenizerFast", "bos_token": {"content": "<s>"}, "eos_token": "</s>"}'
+    settings = (
+        '{"tokenizer_class": "LlamaTokenizerFast", "bos_token": {"content": "<s>"}, '
+        '"eos_token": "</s>"}'
+    )
     (tmp_path / "tokenizer_config.json").write_text(settings)
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.encode("a b"), tokenizer.eos_ids, tokenizer.vocab_size) == ([0, 2, 3], (1,), 4)
+    assert (tokenizer.encode("a b"), tokenizer.eos_ids, tokenizer.vocab_size) == (
+        [0, 2, 3],
+        (1,),
+        4,
+    )
 
 
 def test_missing_or_damaged(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no tokenizer; expected tokenizer.model or tokenizer.json"):
+    with pytest.raises(
+        ValueError, match="no tokenizer; expected tokenizer.model or tokenizer.json"
+    ):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer file"):

@@ -1,4 +1,6 @@
-"""C4: the first English training shard, as the GPTQ paper calibrates on, through Hugging Face `datasets`."""
+"""C4: the first English training shard, as the GPTQ paper calibrates on, through Hugging Face
+`datasets`.
+"""
 
 from __future__ import annotations
 
@@ -19,5 +21,6 @@ def documents() -> Iterator[str]:
         yield from (row["text"] for row in rows)
     except Exception as error:  # no network shows as any of a dozen types
         raise ValueError(
-            f"c4: cannot be downloaded ({type(error).__name__}); give a local .jsonl, .parquet or .txt file instead"
+            f"c4: cannot be downloaded ({type(error).__name__}); give a local .jsonl, .parquet "
+            "or .txt file instead"
         ) from error

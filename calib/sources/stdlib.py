@@ -1,7 +1,7 @@
-"""The Python standard library as text: on every machine, no download, the same domain as the bundled model.
+"""The Python standard library as text: on every machine, without a download.
 
-One module in twenty, chosen by a hash of its name and thus the same for every Python, is held out: the bundled
-model was not trained on it, and nothing is calibrated on it.
+One module in twenty, chosen by a hash of its name and thus the same for every Python, is held out:
+the bundled model was not trained on it, and nothing is calibrated on it.
 """
 
 from __future__ import annotations
@@ -45,10 +45,15 @@ def is_held_out(name: str) -> bool:
 
 
 def documents(root: Path | None = None) -> Iterator[str]:
-    """The text of every module that is not held out; a bundled sample where a Python comes without sources."""
+    """The text of every module that is not held out; a bundled sample where a Python comes without
+    sources.
+    """
     found = [path for name, path in modules(root) if not is_held_out(name)]
     if not found:
-        warnings.warn("this Python comes without its sources; calibrating on a small bundled text", stacklevel=2)
+        warnings.warn(
+            "this Python comes without its sources; calibrating on a small bundled text",
+            stacklevel=2,
+        )
         found = [_SAMPLE]
     for path in found:
         yield path.read_text(encoding="utf-8", errors="replace")

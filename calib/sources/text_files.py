@@ -1,4 +1,6 @@
-"""Local text: .txt (and other plain text) as it is, .jsonl and .parquet by their `text` field, folders of these."""
+"""Local text: .txt (and other plain text) as it is, .jsonl and .parquet by their `text` field,
+folders of these.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ def documents(paths: Sequence[Path]) -> Iterator[str]:
         elif path.is_file():
             files = [path]
         else:
-            raise ValueError(f"{path}: no such file; give a text file, or one of the sources stdlib, wikitext2, c4")
+            raise ValueError(
+                f"{path}: no such file; give a text file, or one of the sources stdlib, "
+                "wikitext2, c4"
+            )
         for file in files:
             yield from _read(file)
 
@@ -42,7 +47,9 @@ def _read(file: Path) -> Iterator[str]:
             raise ValueError(f"{file}: is empty")
         yield text
     else:
-        raise ValueError(f"{file}: ending {file.suffix!r} is not supported; use one of {', '.join(_SUFFIXES)}")
+        raise ValueError(
+            f"{file}: ending {file.suffix!r} is not supported; use one of {', '.join(_SUFFIXES)}"
+        )
 
 
 def _read_jsonl(file: Path) -> Iterator[str]:
@@ -53,7 +60,9 @@ def _read_jsonl(file: Path) -> Iterator[str]:
             try:
                 text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{file}:{number}: expected a JSON object with a "text" field') from None
+                raise ValueError(
+                    f'{file}:{number}: expected a JSON object with a "text" field'
+                ) from None
             yield str(text)
 
 

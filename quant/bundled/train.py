@@ -2,10 +2,11 @@
 
     python quant/bundled/train.py --output DIR
 
-Writes a Hugging Face folder: a sentencepiece vocabulary with byte fallback, the config, float16 weights, and
-`heldout.txt`, the text of modules that neither training nor calibration ever sees. Matrices are trained with Muon
-(momentum, then an orthogonalised update), everything else with AdamW; the rate rises for 50 steps and then falls
-linearly to zero. 10 million tokens, about four passes over the text. Not imported by the package.
+Writes a Hugging Face folder: a sentencepiece vocabulary with byte fallback, the config, float16
+weights, and `heldout.txt`, the text of modules that neither training nor calibration ever sees.
+Matrices are trained with Muon (momentum, then an orthogonalised update), everything else with
+AdamW; the rate rises for 50 steps and then falls linearly to zero. 10 million tokens, about four
+passes over the text. Not imported by the package.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import io
 import json
 import math
-import time
 from pathlib import Path
 
 import sentencepiece
@@ -60,7 +60,9 @@ def read(held_out: bool) -> list[str]:
 def train_tokenizer(texts: list[str], output: Path) -> sentencepiece.SentencePieceProcessor:
     """A BPE vocabulary of Llama 2's kind; lines keep their indentation."""
     model = io.BytesIO()
-    lines = (line for text in texts for line in text.splitlines() if line.strip() and len(line) < 4000)
+    lines = (
+        line for text in texts for line in text.splitlines() if line.strip() and len(line) < 4000
+    )
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=lines,
         model_writer=model,
@@ -95,11 +97,15 @@ def write_text_files(output: Path) -> None:
     }
     tokenizer.update({"add_bos_token": True, "add_eos_token": False, "legacy": False})
     (output / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=1) + "\n")
-    (output / "heldout.txt").write_text("\n\n".join(read(held_out=True))[:HELD_OUT_CHARACTERS], encoding="utf-8")
+    (output / "heldout.txt").write_text(
+        "\n\n".join(read(held_out=True))[:HELD_OUT_CHARACTERS], encoding="utf-8"
+    )
 
 
 def orthogonalise(update: Tensor) -> Tensor:
-    """The nearest matrix with singular values near one, by a quintic Newton-Schulz iteration (Muon)."""
+    """The nearest matrix with singular values near one, by a quintic Newton-Schulz iteration
+    (Muon).
+    """
     x = update / (update.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
@@ -121,7 +127,9 @@ class Muon:
         for p, momentum in zip(self.parameters, self.momenta, strict=True):
             assert p.grad is not None
             momentum.mul_(0.95).add_(p.grad)
-            update = orthogonalise(p.grad + 0.95 * momentum) * max(1, p.shape[0] / p.shape[1]) ** 0.5
+            update = (
+                orthogonalise(p.grad + 0.95 * momentum) * max(1, p.shape[0] / p.shape[1]) ** 0.5
+            )
             p.mul_(1 - 0.05 * rate).add_(update, alpha=-rate)
             p.grad = None
 
@@ -134,7 +142,9 @@ def held_out_loss(model: Llama, ids: Tensor, window: int = 512, windows: int = 4
     return sum(losses) / len(losses)
 
 
-def train(model: Llama, tokens: Tensor, held_out: Tensor, steps: int, length: int = 512, batch: int = 8) -> None:
+def train(
+    model: Llama, tokens: Tensor, held_out: Tensor, steps: int, length: int = 512, batch: int = 8
+) -> None:
     """Train for `steps` batches of random windows of `length` tokens."""
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     chosen = {id(p) for p in matrices}
@@ -156,14 +166,17 @@ def train(model: Llama, tokens: Tensor, held_out: Tensor, steps: int, length: in
         if step % 100 == 0:
             score = held_out_loss(model, held_out)
             print(
-                f"step {step} of {steps}: {step * batch * length / 1e6:.2f}M tokens, loss {loss.item():.3f}, "
+                f"step {step} of {steps}: {step * batch * length / 1e6:.2f}M tokens, loss "
+                f"{loss.item():.3f}, "
                 f"held-out {score:.3f}, perplexity {math.exp(score):.2f}",
                 flush=True,
             )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=2500, help="batches of 4096 tokens")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
@@ -171,11 +184,18 @@ def main() -> None:
     texts = read(held_out=False)
     tokenizer = train_tokenizer(texts, args.output)
     write_text_files(args.output)
-    tokens = torch.tensor([i for text in texts for i in [1, *tokenizer.encode(text)]], dtype=torch.int16)
-    held_out = torch.tensor([1, *tokenizer.encode((args.output / "heldout.txt").read_text(encoding="utf-8"))])
+    tokens = torch.tensor(
+        [i for text in texts for i in [1, *tokenizer.encode(text)]], dtype=torch.int16
+    )
+    held_out = torch.tensor(
+        [1, *tokenizer.encode((args.output / "heldout.txt").read_text(encoding="utf-8"))]
+    )
     torch.manual_seed(0)
     model = Llama(LlamaConfig.from_dict(GEOMETRY))
-    print(f"{len(tokens) / 1e6:.2f}M tokens, {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
+    print(
+        f"{len(tokens) / 1e6:.2f}M tokens, "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
+    )
     train(model, tokens, held_out, args.steps)
     print(f"final held-out perplexity {math.exp(held_out_loss(model, held_out)):.3f}")
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}

@@ -7,9 +7,10 @@ Each quantized linear P of K inputs, N outputs and G groups is four tensors inst
     P.scales   float16 (G, N)
     P.g_idx    int32 (K,)                 group of each input channel
 
-Version 1 (`checkpoint_format: gptq`) stores zero - 1, version 2 (`gptq_v2`) stores zero. Symmetric grids are written
-as version 1, which every reader takes; asymmetric ones as version 2, because version 1 is ambiguous there.
-The settings stand twice, in config.json under `quantization_config` and in quantize_config.json.
+Version 1 (`checkpoint_format: gptq`) stores zero - 1, version 2 (`gptq_v2`) stores zero. Symmetric
+grids are written as version 1, which every reader takes; asymmetric ones as version 2, because
+version 1 is ambiguous there. The settings stand twice, in config.json under `quantization_config`
+and in quantize_config.json.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.checkpoint import CheckpointReader, CheckpointWriter, module_names, read_json
+from quant.checkpoint import CheckpointReader, module_names, read_json
+from quant.checkpoint_writer import CheckpointWriter
 from quant.config import QuantConfig
 from quant.grid import Grid, QuantizedTensor
 from quant.packing import pack, unpack
@@ -59,6 +61,10 @@ class Writer:
         """Write a tensor that is not quantized, in its own dtype."""
         self._shards.add(name, tensor)
 
+    def flush(self) -> None:
+        """Put what was added so far on the disk."""
+        self._shards.flush()
+
     def close(self, model_config: dict[str, Any]) -> None:
         """Finish the shards and write both configs."""
         self._shards.close()
@@ -93,12 +99,18 @@ def stored_config(reader: CheckpointReader) -> dict[str, Any]:
         ValueError: neither has them, or they are of another method.
     """
     file = reader.path / "quantize_config.json"
-    stored = reader.config.get("quantization_config") or (read_json(file) if file.is_file() else None)
+    stored = reader.config.get("quantization_config") or (
+        read_json(file) if file.is_file() else None
+    )
     if not stored:
-        raise ValueError(f"{reader.path}: neither config.json nor quantize_config.json has quantization settings")
+        raise ValueError(
+            f"{reader.path}: neither config.json nor quantize_config.json has quantization settings"
+        )
     method = stored.get("quant_method") or stored.get("method") or "gptq"
     if method != "gptq":
-        raise ValueError(f"{reader.path}: quantization method {method!r} is not supported; supported is 'gptq'")
+        raise ValueError(
+            f"{reader.path}: quantization method {method!r} is not supported; supported is 'gptq'"
+        )
     return stored
 
 
@@ -111,7 +123,9 @@ def quant_config(reader: CheckpointReader) -> QuantConfig:
 
 
 def read(reader: CheckpointReader) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
-    """Every module's QuantizedTensor (by name without suffix) and every other tensor, one at a time."""
+    """Every module's QuantizedTensor (by name without suffix) and every other tensor, one at a
+    time.
+    """
     config = quant_config(reader)
     stored = stored_config(reader)
     version_1 = (stored.get("checkpoint_format") or stored.get("format") or "gptq") == "gptq"
@@ -125,17 +139,23 @@ def read(reader: CheckpointReader) -> Iterator[tuple[str, Tensor | QuantizedTens
             yield name, reader.tensor(name)
 
 
-def _read_one(reader: CheckpointReader, module: str, config: QuantConfig, version_1: bool) -> QuantizedTensor:
+def _read_one(
+    reader: CheckpointReader, module: str, config: QuantConfig, version_1: bool
+) -> QuantizedTensor:
     """One linear, with its zeros brought to the meaning of quant.grid."""
     words, scales = reader.tensor(f"{module}.qweight"), reader.tensor(f"{module}.scales")
     groups, out_features = scales.shape
     in_features = words.shape[0] * 32 // config.bits
     if words.shape[1] != out_features:
-        raise ValueError(f"{module}: qweight has {words.shape[1]} outputs, scales {out_features}; one is damaged")
+        raise ValueError(
+            f"{module}: qweight has {words.shape[1]} outputs, scales {out_features}; one is damaged"
+        )
     codes = unpack(words, config.bits, in_features).T.contiguous()
     zeros = unpack(reader.tensor(f"{module}.qzeros").T, config.bits, out_features)  # (N, G)
     half = 2 ** (config.bits - 1)
-    already_true = config.symmetric and bool((zeros == half).all())  # written as version 2, labelled 1
+    already_true = config.symmetric and bool(
+        (zeros == half).all()
+    )  # written as version 2, labelled 1
     if version_1 and not already_true:
         zeros = zeros + 1
     grid = Grid(scales.T.float().contiguous(), zeros.contiguous(), config.bits)

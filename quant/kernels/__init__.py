@@ -1,7 +1,7 @@
 """Backends that multiply by a packed quantized matrix: one file each, one signature.
 
-`is_available(device)`, `pack(qt) -> dict of tensors`, `matmul(x, packed) -> y`. To add one: copy `reference.py`,
-add a line here.
+`is_available(device)`, `pack(qt) -> dict of tensors`, `matmul(x, packed) -> y`. To add one: copy
+`reference.py`, add a line here.
 """
 
 from __future__ import annotations

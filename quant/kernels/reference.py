@@ -2,8 +2,9 @@
 
     y = x W^T,  W[n, k] = scale[n, g(k)] * (code[n, k] - zero[n, g(k)])
 
-Weights stay packed as in the file (int32 words along K); only one block of output columns is in floating point at
-a time. It runs on any device torch knows, and is what every faster backend is compared with.
+Weights stay packed as in the file (int32 words along K); only one block of output columns is in
+floating point at a time. It runs on any device torch knows, and is what every faster backend is
+compared with.
 
 Letters: M rows of x, K in_features, N out_features, G groups.
 """
@@ -50,7 +51,7 @@ def pack(qt: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def matmul(x: Tensor, packed: dict[str, Tensor]) -> Tensor:
-    """x (..., K) in any float dtype -> (..., N) in the same dtype; products and sums in x's dtype."""
+    """x (..., K) in any float dtype -> (..., N) in the same dtype, in which all sums are made."""
     words, group_index, bits = packed["words"], packed["group_index"], int(packed["bits"])
     in_features, out_features = len(group_index), words.shape[1]
     step = max(1, _BLOCK_ELEMENTS // in_features)

@@ -1,4 +1,6 @@
-"""LlamaConfig: the geometry and semantics of a Llama model, from `config.json` as transformers 4 or 5 writes it."""
+"""LlamaConfig: the geometry and semantics of a Llama model, from `config.json` as transformers 4 or
+5 writes it.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class LlamaConfig:
         """Read `config.json` as written by transformers 4 or 5.
 
         Raises:
-            ValueError: another model_type, activation or rope type, a missing or impossible size; each by name.
+            ValueError: another model_type, activation or rope type, a missing or impossible size;
+                each by name.
         """
         _refuse_other_models(raw)
         heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
@@ -76,23 +79,31 @@ def _refuse_other_models(raw: Mapping[str, Any]) -> None:
     model_type = raw.get("model_type")
     if model_type != "llama":
         raise ValueError(
-            f"config.json: model_type {model_type!r} is not supported; this tool quantizes Llama models ('llama')"
+            f"config.json: model_type {model_type!r} is not supported; this tool quantizes "
+            "Llama models ('llama')"
         )
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
-        raise ValueError(f"config.json: hidden_act {activation!r} is not supported; Llama 2 uses 'silu'")
+        raise ValueError(
+            f"config.json: hidden_act {activation!r} is not supported; Llama 2 uses 'silu'"
+        )
     for name in _REQUIRED:
         if not isinstance(raw.get(name), int) or raw[name] <= 0:
-            raise ValueError(f"config.json: {name} is {raw.get(name)!r}; it must be a positive integer")
+            raise ValueError(
+                f"config.json: {name} is {raw.get(name)!r}; it must be a positive integer"
+            )
 
 
 def _rope_settings(raw: Mapping[str, Any]) -> tuple[float, str, float]:
-    """(theta, type, factor) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    """(theta, type, factor) from `rope_parameters` (transformers 5) or `rope_theta` and
+    `rope_scaling` (4).
+    """
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type not in ("default", "linear", "dynamic"):
         raise ValueError(
-            f"config.json: rope type {rope_type!r} is not supported; supported are default, linear and dynamic"
+            f"config.json: rope type {rope_type!r} is not supported; supported are default, "
+            "linear and dynamic"
         )
     theta = (raw.get("rope_parameters") or {}).get("rope_theta") or raw.get("rope_theta") or 10000.0
     return float(theta), rope_type, float(parameters.get("factor") or 1.0)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.llama.model import KVCache, Llama, compute_dtype
+from quant.llama.cache import KVCache
+from quant.llama.model import Llama, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is negative; use 0 for the most likely token")
+            raise ValueError(
+                f"temperature {self.temperature} is negative; use 0 for the most likely token"
+            )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} is out of range; it is a probability, 0 < top_p <= 1")
+            raise ValueError(
+                f"top_p {self.top_p} is out of range; it is a probability, 0 < top_p <= 1"
+            )
 
 
 @torch.inference_mode()
@@ -49,11 +54,14 @@ def generate(
         raise ValueError("generate: the prompt holds no tokens")
     if max(ids) >= model.config.vocab_size:
         raise ValueError(
-            f"generate: token id {max(ids)} is outside the model's vocabulary of {model.config.vocab_size}"
+            f"generate: token id {max(ids)} is outside the model's vocabulary of "
+            f"{model.config.vocab_size}"
         )
     sampling = sampling or Sampling()
     embedding = model.model.embed_tokens.weight
-    cache = KVCache(model.config, 1, len(ids) + max_new_tokens, embedding.device, compute_dtype(embedding))
+    cache = KVCache(
+        model.config, 1, len(ids) + max_new_tokens, embedding.device, compute_dtype(embedding)
+    )
     generator = torch.Generator().manual_seed(sampling.seed)
     step = torch.tensor([ids], device=embedding.device)
     for _ in range(max_new_tokens):

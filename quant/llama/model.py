@@ -1,14 +1,16 @@
 """Llama 2 in one file, read from top to bottom.
 
-A decoder layer is  x + o(attention(q, k, v of norm(x)))  followed by  x + down(silu(gate(norm(x))) * up(norm(x))).
-Positions enter by rotating q and k (rotary embedding), and several query heads may share one key/value head (GQA).
+A decoder layer is  x + o(attention(q, k, v of norm(x)))  and then  x + down(silu(gate(n)) * up(n))
+with n = norm(x). Positions enter by rotating q and k (rotary embedding), and several query heads
+may share one key/value head (GQA).
 
-Module and parameter names are those of the Hugging Face checkpoint, so a file loads without a rename table.
-Weights keep the dtype they are stored in; arithmetic is float32 on the CPU and the storage dtype on a GPU, so that
-float16 weights cannot overflow where there is no float16 arithmetic to gain from.
+Module and parameter names are those of the Hugging Face checkpoint, so a file loads without a
+rename table. Weights keep the dtype they are stored in; arithmetic is float32 on the CPU and the
+storage dtype on a GPU, so that float16 weights cannot overflow where there is no float16 arithmetic
+to gain from.
 
-Letters: B batch, T tokens, S tokens with the cached ones, H heads, D head_dim. Semantics follow the Llama model of
-transformers 5 (`models/llama`, `modeling_rope_utils`).
+Letters: B batch, T tokens, S tokens with the cached ones, H heads, D head_dim. Semantics follow the
+Llama model of transformers 5 (`models/llama`, `modeling_rope_utils`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quant.llama.cache import KVCache
 from quant.llama.config import LlamaConfig
 
 # Linears that share an input stand together: they share one Hessian and are solved as one stack.
@@ -26,38 +29,6 @@ LINEAR_GROUPS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, (layers, B, KV heads, max_len, D) each, preallocated."""
-
-    def __init__(
-        self,
-        config: LlamaConfig,
-        batch: int,
-        max_len: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        shape = (
-            config.num_hidden_layers,
-            batch,
-            config.num_key_value_heads,
-            max_len,
-            config.head_dim,
-        )
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, KV heads, T, D) of one layer behind `length`; return all of that layer's so far."""
-        end = self.length + k.shape[2]
-        if end > self.keys.shape[3]:
-            raise ValueError(f"KV cache holds {self.keys.shape[3]} tokens, {end} are needed")
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
 class Linear(nn.Module):
@@ -88,11 +59,15 @@ class RMSNorm(nn.Module):
         return wide.to(x.dtype) * self.weight.to(x.dtype)
 
 
-def rotary(config: LlamaConfig, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary(
+    config: LlamaConfig, start: int, end: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """cos and sin (T, D), float32, for the positions start..end-1."""
     base, dim = config.rope_theta, config.head_dim
     if config.rope_type == "dynamic" and end > config.max_position_embeddings:
-        stretch = config.rope_factor * end / config.max_position_embeddings - (config.rope_factor - 1)
+        stretch = config.rope_factor * end / config.max_position_embeddings - (
+            config.rope_factor - 1
+        )
         base = base * stretch ** (dim / (dim - 2))
     inverse = 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     if config.rope_type == "linear":
@@ -205,7 +180,9 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """The language model. `Llama(config)` is random in float32, and empty under `torch.device("meta")`."""
+    """The language model. `Llama(config)` is random in float32, and empty under
+    `torch.device("meta")`.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -220,8 +197,26 @@ class Llama(nn.Module):
         self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """ids (B, T) int64 -> logits (B, T, vocab_size) float32; with a cache, ids follow the cached tokens."""
+        """ids (B, T) int64 -> logits (B, T, vocab_size) float32; with a cache, ids follow the
+        cached tokens.
+        """
         return self.lm_head(self.model(ids, cache)).float()
+
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Tensor:
+        """Continue ids (1, T) -> (1, T + new), ending before an end id; see `generate.py`."""
+        from quant.llama.generate import Sampling, generate
+
+        start: list[int] = ids.reshape(-1).tolist()
+        sampling = Sampling(temperature, top_p, seed)
+        new = generate(self, start, max_new_tokens, sampling, self.config.eos_token_ids)
+        return torch.tensor([start + list(new)], device=ids.device)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

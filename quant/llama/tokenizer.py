@@ -1,10 +1,11 @@
 """Text <-> token ids, as Llama 2 does it.
 
-`tokenizer.model` (sentencepiece, byte-pair pieces with byte fallback) comes first; a folder without one is read
-through its `tokenizer.json`. Sentencepiece never adds BOS itself, so it is added here.
+`tokenizer.model` (sentencepiece, byte-pair pieces with byte fallback) comes first; a folder without
+one is read through its `tokenizer.json`. Sentencepiece never adds BOS itself, so it is added here.
 
-Decoding ids one by one would lose every leading space and split characters of several bytes. A stream therefore
-decodes from the start of the current line of ids and gives out what has become new and whole.
+Decoding ids one by one would lose every leading space and split characters of several bytes. A
+stream therefore decodes from the start of the current line of ids and gives out what has become new
+and whole.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Tokenizer:
         eos_ids: ids that end a text.
     """
 
-    def __init__(self, codec: _Codec, vocab_size: int, bos_id: int | None, eos_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, codec: _Codec, vocab_size: int, bos_id: int | None, eos_ids: tuple[int, ...]
+    ) -> None:
         self._codec, self.vocab_size, self.bos_id, self.eos_ids = codec, vocab_size, bos_id, eos_ids
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
@@ -83,7 +86,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return _load_sentencepiece(folder)
     if (folder / "tokenizer.json").is_file():
         return _load_json(folder)
-    raise ValueError(f"{folder}: no tokenizer; expected tokenizer.model or tokenizer.json beside the weights")
+    raise ValueError(
+        f"{folder}: no tokenizer; expected tokenizer.model or tokenizer.json beside the weights"
+    )
 
 
 def _load_sentencepiece(folder: Path) -> Tokenizer:
@@ -92,7 +97,9 @@ def _load_sentencepiece(folder: Path) -> Tokenizer:
     try:
         sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{folder / 'tokenizer.model'}: not a sentencepiece model ({error})") from None
+        raise ValueError(
+            f"{folder / 'tokenizer.model'}: not a sentencepiece model ({error})"
+        ) from None
     bos = sp.bos_id() if _settings(folder).get("add_bos_token", True) and sp.bos_id() >= 0 else None
     return Tokenizer(sp, sp.vocab_size(), bos, (sp.eos_id(),) if sp.eos_id() >= 0 else ())
 

@@ -1,18 +1,20 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323) in the form that needs one Cholesky factor and no inverse.
+"""GPTQ (Frantar et al., arXiv 2210.17323) with one Cholesky factor and no inverse.
 
-Columns are rounded one after another; each rounding error is passed on to the columns still to come, so that the
-layer's output changes least. With H = R R^T, R upper triangular, the column to round is
+Columns are rounded one after another; each rounding error is passed on to the columns still to
+come, so that the layer's output changes least. With H = R R^T, R upper triangular, the column to
+round is
 
     v_j = w_j + sum over k < j of (w_k - q_k) R_kj / R_jj ,      q_j = nearest grid value to v_j
 
-with the original w_k, and the loss it adds is (v_j - q_j)^2 R_jj^2. This is the classical method exactly: its upper
-factor of the inverse Hessian is U = R^-1.
+with the original w_k, and the loss it adds is (v_j - q_j)^2 R_jj^2. This is the classical method
+exactly: its upper factor of the inverse Hessian is U = R^-1.
 
-Worked example: W = [0.4, 0.4], H = [[2, 1], [1, 1]], scale 1. Then R = [[1, 1], [0, 1]]. Column 0: v = 0.4, q = 0,
-error 0.4. Column 1: v = 0.4 + 0.4 * 1 / 1 = 0.8, q = 1. Rounding gives [0, 0] with loss 0.8, GPTQ [0, 1] with 0.2.
+Worked example: W = [0.4, 0.4], H = [[2, 1], [1, 1]], scale 1. Then R = [[1, 1], [0, 1]]. Column 0:
+v = 0.4, q = 0, error 0.4. Column 1: v = 0.4 + 0.4 * 1 / 1 = 0.8, q = 1. Rounding gives [0, 0] with
+loss 0.8, GPTQ [0, 1] with 0.2.
 
-Group grids are fitted to the original weights beforehand, so columns may be taken in the order of falling diag(H)
-(act-order) and the codes are put back in place: no runtime ever sees the order.
+Group grids are fitted to the original weights beforehand, so columns may be taken in the order of
+falling diag(H) (act-order) and the codes are put back in place: no runtime ever sees the order.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ class GPTQOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp < 1:
-            raise ValueError(f"damp {self.damp} is out of range; it is a fraction of the mean diagonal, 0 <= damp < 1")
+            raise ValueError(
+                f"damp {self.damp} is out of range; it is a fraction of the mean diagonal, 0 <= "
+                "damp < 1"
+            )
 
 
 def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Solution:
@@ -64,7 +69,9 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpt
     H = hessian.clone()
     diagonal = H.diagonal()
     dead = diagonal <= 0
-    diagonal[dead] = diagonal.mean().clamp(min=1e-12)  # a channel that is never active: round it, spread nothing
+    diagonal[dead] = diagonal.mean().clamp(
+        min=1e-12
+    )  # a channel that is never active: round it, spread nothing
     order = torch.arange(len(H), device=H.device)
     if options.act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -73,14 +80,17 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpt
     if dead.any():
         notes += (f"{int(dead.sum())} of {len(dead)} input channels are never active",)
     grid = fit_minmax(weight, config)
-    codes = _round_columns(weight, R, grid, order, config.width(weight.shape[1]), options.block_size)
+    codes = _round_columns(
+        weight, R, grid, order, config.width(weight.shape[1]), options.block_size
+    )
     return Solution(QuantizedTensor(codes, grid), damp, notes)
 
 
 def factor(H: Tensor, damp: float) -> tuple[Tensor, float, tuple[str, ...]]:
     """R upper triangular with R R^T = H + damp * mean(diag H) * I.
 
-    If float32 finds H not positive definite, float64 is tried, then ten times the damping, and so on.
+    If float32 finds H not positive definite, float64 is tried, then ten times the damping, and so
+    on.
 
     Returns:
         R in H's dtype, the damping used, and a note for every retry.
@@ -100,8 +110,10 @@ def factor(H: Tensor, damp: float) -> tuple[Tensor, float, tuple[str, ...]]:
         notes += (f"Cholesky failed in float64; damping raised to {damp:g}",)
 
 
-def _round_columns(weight: Tensor, R: Tensor, grid: Grid, order: Tensor, width: int, block_size: int) -> Tensor:
-    """The column loop, left-looking: each block first receives the errors of all columns before it as one GEMM.
+def _round_columns(
+    weight: Tensor, R: Tensor, grid: Grid, order: Tensor, width: int, block_size: int
+) -> Tensor:
+    """The column loop, left-looking: a block first receives all earlier errors as one GEMM.
 
     Works on transposed tensors, (in, out), so that a column of W is a contiguous row.
     """
@@ -117,7 +129,14 @@ def _round_columns(weight: Tensor, R: Tensor, grid: Grid, order: Tensor, width: 
         if start:
             block.addmm_(ratio[:start, start:end].T, errors[:start])
         block_scales, block_zeros = scales[groups[start:end]], zeros[groups[start:end]]
-        _round_block(block, columns[start:end], ratio[start:end, start:end], block_scales, block_zeros, grid.max_code)
+        _round_block(
+            block,
+            columns[start:end],
+            ratio[start:end, start:end],
+            block_scales,
+            block_zeros,
+            grid.max_code,
+        )
         codes[start:end] = block.to(torch.uint8)
         errors[start:end] = columns[start:end] - block_scales * (block - block_zeros)
     result = torch.empty_like(codes)
@@ -125,8 +144,12 @@ def _round_columns(weight: Tensor, R: Tensor, grid: Grid, order: Tensor, width: 
     return result.T.contiguous()
 
 
-def _round_block(values: Tensor, original: Tensor, ratio: Tensor, scales: Tensor, zeros: Tensor, max_code: int) -> None:
-    """Round the columns of one block in turn; `values` (block, out) holds v_j on entry and the codes on return."""
+def _round_block(
+    values: Tensor, original: Tensor, ratio: Tensor, scales: Tensor, zeros: Tensor, max_code: int
+) -> None:
+    """Round the columns of one block in turn; `values` (block, out) holds v_j on entry and the
+    codes on return.
+    """
     inverse_scales = 1 / scales
     errors = torch.empty_like(values)
     for j in range(len(values)):

@@ -1,4 +1,6 @@
-"""What a solver returns, and how its result is judged: tr(E H E^T), the squared error of the layer's output."""
+"""What a solver returns, and how its result is judged: tr(E H E^T), the squared error of the
+layer's output.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Round to nearest: the min-max grid of each group, and the nearest code. The baseline; looks at no data."""
+"""Round to nearest: the min-max grid of each group, and the nearest code. The baseline; looks at no
+data.
+"""
 
 from __future__ import annotations
 

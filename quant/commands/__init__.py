@@ -1,0 +1,20 @@
+"""The subcommands, one file each. To add one: copy `inspect.py`, add a line here.
+
+Heavy modules are imported inside the functions, so that --help does not load torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quant.commands.evaluate import evaluate
+from quant.commands.generate import generate
+from quant.commands.inspect import inspect
+from quant.commands.quantize import quantize
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quantize": quantize,
+    "eval": evaluate,
+    "generate": generate,
+    "inspect": inspect,
+}

@@ -1,0 +1,76 @@
+"""`eval`: how good a checkpoint is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quant.commands.options import BUNDLED, INPUT, OUTPUT, Device, Dtype, Model
+
+Perplexity = Annotated[
+    bool,
+    typer.Option("--ppl", help="Perplexity; it is always printed.", rich_help_panel=OUTPUT),
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(
+        help="Float checkpoint to compare with. Default: where it came from.",
+        rich_help_panel=INPUT,
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="wikitext2 or a text file. Default: wikitext2; for the bundled model its own "
+        "held-out text.",
+        rich_help_panel=INPUT,
+    ),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens per window. Default: 2048, or the model's limit.", rich_help_panel=INPUT
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=OUTPUT)
+]
+
+
+def evaluate(
+    model: Model = None,
+    ppl: Perplexity = True,
+    reference: Reference = None,
+    data: Data = None,
+    window: Window = None,
+    json_output: Json = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Perplexity by the GPTQ paper's protocol; if quantized, also against the float origin."""
+    from quant.evaluate import evaluate
+    from quant.evaluation_text import evaluation_ids, protocol
+    from quant.llama.tokenizer import load_tokenizer
+    from quant.loader import load_model
+    from quant.output import last_output
+    from quant.progress import window_bar
+    from quant.report import float_origin
+
+    model = model or last_output()
+    reference = reference or float_origin(model)
+    loaded = load_model(model, device, dtype)
+    own_text = BUNDLED in (model.resolve(), reference)
+    data = data or (str(BUNDLED / "heldout.txt") if own_text else "wikitext2")
+    ids, facts = evaluation_ids(load_tokenizer(model), data)
+    window = window or min(2048, loaded.config.max_position_embeddings)
+    origin = load_model(reference, device, dtype) if reference else None
+    with window_bar() as on_window:
+        result = evaluate(loaded, ids, window, origin, on_window)
+    if json_output:
+        print(json.dumps({"model": str(model), "data": facts, **result.as_dict()}))
+        return
+    print(protocol(facts, result))
+    print(result.summary())

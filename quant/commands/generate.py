@@ -1,0 +1,50 @@
+"""`generate`: continue a text."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quant.commands.options import Device, Dtype, Model
+
+SAMPLING = "Sampling"
+Tokens = Annotated[
+    int, typer.Option(help="Tokens to write at most.", rich_help_panel=SAMPLING, min=0)
+]
+Temperature = Annotated[
+    float, typer.Option(help="0 takes the most likely token.", rich_help_panel=SAMPLING)
+]
+TopP = Annotated[
+    float, typer.Option(help="Probability mass to sample from, 0 to 1.", rich_help_panel=SAMPLING)
+]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.", rich_help_panel=SAMPLING)]
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    model: Model = None,
+    max_new_tokens: Tokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Continue a text."""
+    from quant.llama import generate as generation
+    from quant.llama.tokenizer import load_tokenizer
+    from quant.loader import load_model
+    from quant.output import last_output
+
+    model = model or last_output()
+    sampling = generation.Sampling(temperature, top_p, seed)
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model, device, dtype)
+    ids = tokenizer.encode(prompt)
+    stream = tokenizer.stream(ids)
+    print(prompt, end="", flush=True)
+    ends = {*tokenizer.eos_ids, *loaded.config.eos_token_ids}
+    for token in generation.generate(loaded, ids, max_new_tokens, sampling, ends):
+        print(stream.push(token), end="", flush=True)
+    print(stream.flush())

@@ -1,0 +1,163 @@
+"""`quantize`: a float checkpoint in, a 4-bit checkpoint out."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quant.commands.options import BUNDLED, INPUT, OUTPUT, Device
+
+GRID, CALIBRATION, SOLVING = "Grid", "Calibration", "Solving"
+Source = Annotated[
+    Path,
+    typer.Option(
+        help="Float checkpoint folder. Default: the bundled model.",
+        rich_help_panel=INPUT,
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="Folder to make. Default: MODEL-wBITS-gGROUP.", rich_help_panel=OUTPUT),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the folder if it exists.", rich_help_panel=OUTPUT),
+]
+Bits = Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.", rich_help_panel=GRID)]
+GroupSize = Annotated[
+    int,
+    typer.Option(
+        help="Inputs per scale: a multiple of 32, or -1 for one scale per row. Where 128 does not "
+        "divide, 64 or 32 is taken.",
+        rich_help_panel=GRID,
+    ),
+]
+Symmetric = Annotated[
+    bool,
+    typer.Option("--sym/--asym", help="Fixed zero, or one per group.", rich_help_panel=GRID),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="stdlib, wikitext2, c4, or a .txt, .jsonl or .parquet file or a folder of them; may "
+        "be repeated. Default: stdlib.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Samples = Annotated[int, typer.Option(help="Windows of text.", rich_help_panel=CALIBRATION)]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens per window. Default: 2048, or the model's limit.", rich_help_panel=CALIBRATION
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(help="Seed of the choice of windows.", rich_help_panel=CALIBRATION)
+]
+Solver = Annotated[
+    str, typer.Option(help="gptq, or rtn (round to nearest).", rich_help_panel=SOLVING)
+]
+ActOrder = Annotated[
+    bool,
+    typer.Option(help="Most active inputs first; free at run time.", rich_help_panel=SOLVING),
+]
+Damp = Annotated[
+    float,
+    typer.Option(
+        help="Added to the Hessian's diagonal, as a fraction of its mean.", rich_help_panel=SOLVING
+    ),
+]
+
+
+def quantize(
+    model: Source = BUNDLED,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    bits: Bits = 4,
+    group_size: GroupSize = 128,
+    sym: Symmetric = True,
+    calib: Calibration = None,
+    samples: Samples = 128,
+    seq_len: Length = None,
+    seed: Seed = 0,
+    solver: Solver = "gptq",
+    act_order: ActOrder = True,
+    damp: Damp = 0.01,
+    device: Device = "auto",
+) -> None:
+    """Quantize a float checkpoint, layer by layer, into a folder that GPTQ readers load."""
+    from quant.checkpoint import CheckpointReader
+    from quant.config import QuantConfig
+    from quant.llama.config import LlamaConfig
+    from quant.loader import resolve_device
+    from quant.output import refuse_existing
+    from quant.pipeline import RunOptions
+
+    llama = LlamaConfig.from_dict(CheckpointReader(model).config)
+    config = _fitting(llama, QuantConfig(bits, group_size, sym))
+    group = "row" if config.group_size == -1 else f"g{config.group_size}"
+    output = output or Path(f"{model.resolve().name}-w{bits}-{group}")
+    refuse_existing(output, overwrite)
+    solver_options = _solver_options(solver, act_order, damp)
+    length = seq_len or min(2048, llama.max_position_embeddings)
+    sources = calib or ["stdlib"]
+    windows = _windows(model, sources, samples, length, seed)
+    data = f"{windows.numel()} tokens of {' '.join(sources)}"
+    print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
+    run_options = RunOptions(resolve_device(device), overwrite)
+    _run(model, output, windows, config, solver_options, run_options)
+
+
+def _fitting(llama: Any, config: Any) -> Any:
+    """The config with a group size that divides every linear; says so if it is another one."""
+    from quant.geometry import fitting_group_size
+
+    size = fitting_group_size(llama, config.group_size)
+    if size != config.group_size:
+        print(
+            f"group size {config.group_size} does not divide every linear of this model; "
+            f"using {size}"
+        )
+    return replace(config, group_size=size)
+
+
+def _solver_options(solver: str, act_order: bool, damp: float) -> Any:
+    """The options of the solver called `solver`."""
+    from quant.solvers import SOLVERS
+    from quant.solvers.gptq import GPTQOptions
+
+    if solver not in SOLVERS:
+        raise ValueError(f"solver {solver!r} is unknown; there are {', '.join(SOLVERS)}")
+    return GPTQOptions(act_order, damp) if solver == "gptq" else SOLVERS[solver][1]()
+
+
+def _windows(model: Path, sources: list[str], samples: int, length: int, seed: int) -> Any:
+    """Calibration windows (samples, length) of the model's own tokens."""
+    from calib.sampling import token_windows
+    from calib.sources import documents
+    from quant.llama.tokenizer import load_tokenizer
+
+    return token_windows(load_tokenizer(model).encode, documents(sources), samples, length, seed)
+
+
+def _run(
+    model: Path, output: Path, windows: Any, config: Any, solver: Any, run_options: Any
+) -> None:
+    """Quantize with progress on stderr; then say what came out."""
+    from quant.output import remember
+    from quant.pipeline import quantize_checkpoint
+    from quant.progress import StepPrinter
+
+    with StepPrinter() as printer:
+        run_options = replace(run_options, on_step=printer)
+        report = quantize_checkpoint(model, output, windows, config, solver, run_options)
+    for line in report.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    remember(output)
+    print(report.summary())
+    print(f"checkpoint: {output}")
