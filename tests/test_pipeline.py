@@ -264,3 +264,19 @@ def test_evaluation_by_a_literal_formula(make_checkpoint: Make) -> None:
         evaluate(model, ids, 400)
     with pytest.raises(ValueError, match="token id 9999 is outside"):
         evaluate(model, ids * 0 + 9999, 100)
+
+
+def test_gptqmodel_loads_the_same_weights(
+    make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    gptqmodel = pytest.importorskip("gptqmodel")  # installed by those who compare, not by CI
+    quantize_checkpoint(make_checkpoint(), tmp_path / "out", windows, QuantConfig(4, 64))
+    torch_backend = gptqmodel.BACKEND.TORCH
+    theirs = gptqmodel.GPTQModel.load(
+        str(tmp_path / "out"), device="cpu", backend=torch_backend, dtype=torch.float16
+    )
+    modules = dict(theirs.model.named_modules())
+    ours = {k: v for k, v in entries(tmp_path / "out").items() if isinstance(v, QuantizedTensor)}
+    assert len(ours) == 14
+    for name, qt in ours.items():
+        assert torch.equal(modules[name].dequantize_weight().T, qt.dequantize(torch.float16))
