@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.grid import QuantizedTensor
-from quant.kernels import BACKENDS
+from quant.kernels import BACKENDS, PRECISIONS
 
 
 class QuantLinear(nn.Module):
@@ -17,6 +17,10 @@ class QuantLinear(nn.Module):
         bias: (out_features,) in any float dtype, or None.
         backend: a name in BACKENDS.
         device: where the packed tensors live.
+        precision: "exact", "high" or "fast"; see quant/kernels.
+
+    Raises:
+        ValueError: the precision is unknown.
     """
 
     def __init__(
@@ -25,10 +29,15 @@ class QuantLinear(nn.Module):
         bias: Tensor | None = None,
         backend: str = "reference",
         device: torch.device | str = "cpu",
+        precision: str = "exact",
     ) -> None:
         super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}"
+            )
         self.in_features, self.out_features = qt.in_features, qt.out_features
-        self.backend = backend
+        self.backend, self.precision = backend, precision
         self._packed_names = []
         for name, tensor in BACKENDS[backend].pack(qt).items():
             self.register_buffer(name, tensor.to(device) if tensor.dim() else tensor)
@@ -37,8 +46,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         packed = {name: getattr(self, name) for name in self._packed_names}
-        y = BACKENDS[self.backend].matmul(x, packed)
+        y = BACKENDS[self.backend].matmul(x, packed, self.precision)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, backend={self.backend}"
+        return f"{self.in_features}, {self.out_features}, backend={self.backend}, {self.precision}"

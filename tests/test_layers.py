@@ -16,7 +16,7 @@ LAYERS = [
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.grid", "quant.packing", "quant.checkpoint", "quant.checkpoint_writer"]
     + ["quant.output", "quant.geometry"],
-    ["quant.config", "quant.llama", "calib"],
+    ["quant.config", "quant.llama", "quant.native", "calib"],
 ]
 
 
@@ -43,7 +43,7 @@ def forbidden(module: str, imported: str) -> bool:
     mine, theirs = unit_of(module), unit_of(imported)
     if mine is None or theirs is None or mine[1] == theirs[1]:
         return False
-    if mine[1] in ("calib", "quant.llama", "quant.config"):
+    if mine[1] in ("calib", "quant.llama", "quant.config", "quant.native"):
         return True
     return theirs[0] <= mine[0]
 

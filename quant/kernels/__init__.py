@@ -1,7 +1,10 @@
 """Backends that multiply by a packed quantized matrix: one file each, one signature.
 
-`is_available(device)`, `pack(qt) -> dict of tensors`, `matmul(x, packed) -> y`. To add one: copy
-`reference.py`, add a line here.
+`is_available(device)`, `pack(qt) -> dict of tensors`, `matmul(x, packed, precision) -> y`. The
+first that is available is taken. To add one: copy `reference.py`, add a line here.
+
+Precisions say what a backend may do to the activations x: `exact` nothing, `high` as much as cannot
+be seen in the result, `fast` 8 bits. A backend may always be more exact than it was asked to be.
 """
 
 from __future__ import annotations
@@ -10,9 +13,10 @@ from types import ModuleType
 
 import torch
 
-from quant.kernels import reference
+from quant.kernels import cpu, reference
+from quant.native import PRECISIONS as PRECISIONS
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 
 
 def choose(device: torch.device | str, name: str | None = None) -> str:

@@ -50,8 +50,10 @@ def pack(qt: QuantizedTensor) -> dict[str, Tensor]:
     }
 
 
-def matmul(x: Tensor, packed: dict[str, Tensor]) -> Tensor:
-    """x (..., K) in any float dtype -> (..., N) in the same dtype, in which all sums are made."""
+def matmul(x: Tensor, packed: dict[str, Tensor], precision: str = "exact") -> Tensor:
+    """x (..., K) in any float dtype -> (..., N) in the same dtype, in which all sums are made;
+    every precision is exact here.
+    """
     words, group_index, bits = packed["words"], packed["group_index"], int(packed["bits"])
     in_features, out_features = len(group_index), words.shape[1]
     step = max(1, _BLOCK_ELEMENTS // in_features)

@@ -1,0 +1,183 @@
+"""The native CPU backend: codes stay packed in memory and are unpacked in registers.
+
+    y[m, n] = sum over groups g of
+              scale[n, g] * sum over k in g of (code[n, k] - zero[n, g]) * x[m, k]
+
+Three precisions share one packed layout; they differ in what becomes of x:
+
+    exact   float32 throughout
+    high    int16, one scale per row and block of up to 256 inputs; integer sums are exact
+    fast    int8, one scale per row and block of 32 inputs; integer sums are exact
+
+8-bit codes compute `fast` as `high`. Codes of 2 and 3 bits are stored in 4. The layout is
+described in native/kern.h. Results do not depend on the number of threads; those of integers are
+the same on every processor, and do not depend on the other rows.
+
+Letters: M rows of x, K in_features, N out_features, G groups, T tiles of 16 outputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from quant.grid import QuantizedTensor
+from quant.native import PRECISIONS, Weight, library
+
+_TILE = 16
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether the device is the CPU and the library was built."""
+    return device.type == "cpu" and library() is not None
+
+
+def pack(qt: QuantizedTensor) -> dict[str, Tensor]:
+    """Packed tensors of one matrix; sizes are read off their shapes.
+
+    Returns:
+        codes: uint8 (T, lines, 64), two codes a byte up to 4 bits, else one.
+        scales: float16 (T, G, 16).
+        zeros: uint8 (T, G, 16), or (1,) where all are the same.
+        extent: empty (N, K, 0).
+        gather: int32 (padded K,), the input of each packed column or -1; absent where it would
+            be 0..K-1.
+    """
+    out_features, in_features = qt.codes.shape
+    groups = qt.grid.scales.shape[1]
+    gather = _columns(qt, groups)
+    codes = torch.nn.functional.pad(qt.codes, (0, 1))[:, gather]  # column -1 holds zeros
+    packed = {
+        "codes": _pack_codes(_pad_rows(codes), 8 if qt.bits == 8 else 4),
+        "scales": _tiles(_pad_rows(qt.grid.scales).to(torch.float16)),
+        "zeros": _tiles(_pad_rows(qt.grid.zeros)),
+        "extent": torch.empty(out_features, in_features, 0),
+    }
+    if (qt.grid.zeros == qt.grid.zeros[0, 0]).all():
+        packed["zeros"] = qt.grid.zeros[0, :1].clone()
+    if not torch.equal(gather, torch.arange(in_features)):
+        packed["gather"] = gather.to(torch.int32)
+    return packed
+
+
+def _columns(qt: QuantizedTensor, groups: int) -> Tensor:
+    """The input of each packed column: sorted by group, groups padded with -1 to one length."""
+    index = qt.group_index
+    if index is None:
+        index = torch.arange(qt.in_features) // (qt.in_features // groups)
+    order = index.long().argsort(stable=True)
+    counts = torch.bincount(index.long(), minlength=groups)
+    width = -(-int(counts.max()) // 32) * 32
+    gather = torch.full((groups, width), -1)
+    gather[torch.arange(width) < counts[:, None]] = order
+    return gather.flatten()
+
+
+def _pad_rows(tensor: Tensor) -> Tensor:
+    """(N, ...) -> (N rounded up to whole tiles, ...), with zeros."""
+    return torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % _TILE))
+
+
+def _tiles(tensor: Tensor) -> Tensor:
+    """(N, G) -> (T, G, 16)."""
+    return tensor.unflatten(0, (-1, _TILE)).transpose(1, 2).contiguous()
+
+
+def _pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """(N, K) uint8 -> (T, lines, 64): 4 inputs of each of 16 outputs, with 4 bits 8 inputs."""
+    if bits == 8:
+        lines = codes.view(len(codes) // _TILE, _TILE, -1, 4)
+    else:
+        halves = codes.view(len(codes) // _TILE, _TILE, -1, 2, 4)
+        lines = halves[..., 0, :] | halves[..., 1, :] << 4
+    return lines.transpose(1, 2).flatten(2).contiguous()
+
+
+def matmul(x: Tensor, packed: dict[str, Tensor], precision: str = "exact") -> Tensor:
+    """x (..., K) in float32, float16 or bfloat16 -> (..., N) in the same dtype; sums in float32.
+
+    Raises:
+        ValueError: x does not fit the packed matrix, or the precision is unknown.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}")
+    call = _operator if torch.compiler.is_compiling() else _matmul
+    extent, gather = packed["extent"], packed.get("gather")
+    tensors = (packed["codes"], packed["scales"], packed["zeros"], extent, gather)
+    return call(x, *tensors, PRECISIONS.index(precision))
+
+
+def _matmul(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    extent: Tensor,
+    gather: Tensor | None,
+    precision: int,
+) -> Tensor:
+    """Check every size, then call the library."""
+    n, k = extent.shape[0], extent.shape[1]
+    if x.shape[-1] != k or not x.is_floating_point() or x.device.type != "cpu":
+        raise ValueError(
+            f"x of shape {tuple(x.shape)}, {x.dtype}, on {x.device}: expected (..., {k}) floats on "
+            "the CPU"
+        )
+    tiles, groups, padded = scales.shape[0], scales.shape[1], k if gather is None else len(gather)
+    bits = codes.numel() * 8 // max(1, tiles * _TILE * padded)
+    one_zero = zeros.numel() == 1
+    sizes_fit = (
+        bits in (4, 8)
+        and codes.numel() * 8 == tiles * _TILE * padded * bits
+        and padded % (32 * groups) == 0
+        and (tiles - 1) * _TILE < n <= tiles * _TILE
+        and (one_zero or zeros.shape == scales.shape)
+    )
+    if not sizes_fit:
+        raise ValueError(
+            f"packed tensors do not belong together: codes {tuple(codes.shape)}, scales "
+            f"{tuple(scales.shape)}, zeros {tuple(zeros.shape)} for {n} outputs, {padded} inputs"
+        )
+    rows = x if x.dtype == torch.float32 else x.float()
+    if rows.dim() != 2:
+        rows = rows.reshape(-1, k)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    y = torch.empty(len(rows), n)
+    weight = Weight(
+        *(codes.data_ptr(), scales.data_ptr(), zeros.data_ptr()),
+        *(n, padded, padded // groups, bits, one_zero),
+    )
+    columns = None if gather is None else gather.data_ptr()
+    arguments = (rows.data_ptr(), rows.stride(0), columns, len(rows), y.data_ptr())
+    kern = library()
+    assert kern is not None
+    if kern.kern_matmul(precision, ctypes.byref(weight), *arguments):
+        raise MemoryError(f"no memory for the activations of {len(rows)} rows")
+    y = y if x.dtype == torch.float32 else y.to(x.dtype)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+
+
+_LIBRARY = torch.library.Library("llama_gptq", "DEF")
+_LIBRARY.define(
+    "matmul(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor extent, Tensor? gather, "
+    "int precision) -> Tensor"
+)
+_LIBRARY.impl("matmul", _matmul, "CPU")
+_operator = torch.ops.llama_gptq.matmul
+
+
+@torch.library.register_fake("llama_gptq::matmul", lib=_LIBRARY)
+def _fake(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    extent: Tensor,
+    gather: Tensor | None,
+    precision: int,
+) -> Tensor:
+    """The shape of the result, for torch.compile."""
+    return x.new_empty(*x.shape[:-1], extent.shape[0])

@@ -1,0 +1,76 @@
+"""The compiled kernels: one C library, loaded with ctypes, sharing torch's threads.
+
+`LLAMA_GPTQ_ISA` forces an instruction set (scalar, avx2, avxvnni, avx512, neon); the best one that
+the processor has is taken otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+PRECISIONS = ("exact", "high", "fast")  # `enum precision` of kern.h
+
+
+class Weight(ctypes.Structure):
+    """`kern_weight` of kern.h."""
+
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("one_zero", ctypes.c_int32),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None with one warning where it was not built.
+
+    Raises:
+        ValueError: LLAMA_GPTQ_ISA names an instruction set that cannot run here.
+    """
+    names = ("libkern.so", "libkern.dylib", "libkern.dll")
+    # An editable install has the sources in one folder of the package, the library in another.
+    found = [file for folder in __path__ for name in names if (file := Path(folder, name)).exists()]
+    if not found:
+        warnings.warn(
+            "the native kernels are not built, so 4-bit models run slowly; install a C compiler "
+            "and run: pip install --force-reinstall --no-deps -e .",
+            stacklevel=2,
+        )
+        return None
+    kern = ctypes.CDLL(str(found[0]))
+    kern.kern_available.restype = ctypes.c_char_p
+    kern.kern_selected.restype = ctypes.c_char_p
+    kern.kern_select.argtypes = [ctypes.c_char_p]
+    kern.kern_use_pool.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    kern.kern_matmul.argtypes = [
+        *(ctypes.c_int, ctypes.POINTER(Weight), ctypes.c_void_p, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
+    ]
+    kern.kern_use_pool(torch_pool(), torch.get_num_threads())
+    forced = os.environ.get("LLAMA_GPTQ_ISA")
+    if forced and kern.kern_select(forced.encode()):
+        names = kern.kern_available().decode()
+        raise ValueError(f"LLAMA_GPTQ_ISA={forced}: not available here; there are {names}")
+    return kern
+
+
+def torch_pool() -> int | None:
+    """The address of torch's `torch_parallel_for`; None in a torch that has none."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
+        if (folder / name).is_file():
+            pool = getattr(ctypes.CDLL(str(folder / name)), "torch_parallel_for", None)
+            return ctypes.cast(pool, ctypes.c_void_p).value if pool else None
+    return None

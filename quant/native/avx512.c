@@ -1,0 +1,70 @@
+/* AVX-512 (F, BW, DQ, VL) with VNNI: a line is one register. */
+#include "kern.h"
+#include "quantize.h"
+
+#include <immintrin.h>
+
+#define LANES 16
+#define TILE_ROWS_FAST 8
+#define TILE_ROWS_EXACT 4
+#define PANEL_ROWS 14
+#define CASES_FAST CASES8
+#define CASES_PANEL(call)                                                                         \
+    CASES8(call) CASE(9, call) CASE(10, call) CASE(11, call) CASE(12, call) CASE(13, call)        \
+        CASE(14, call)
+#define OP static inline __attribute__((always_inline))
+#define PIN(x) __asm__("" : "+v"(x))
+
+typedef __m512i vi, v8;
+typedef __m512 vf;
+
+OP void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+OP vi load(const void *p) { return _mm512_loadu_si512(p); }
+OP vi set1_i(int32_t x) { return _mm512_set1_epi32(x); }
+OP vf set1_f(float x) { return _mm512_set1_ps(x); }
+OP vi zero_i(void) { return _mm512_setzero_si512(); }
+OP vf zero_f(void) { return _mm512_setzero_ps(); }
+OP v8 zero_8(void) { return _mm512_setzero_si512(); }
+OP vi low(vi raw) { return _mm512_and_si512(raw, _mm512_set1_epi8(15)); }
+OP vi high(vi raw) { return low(_mm512_srli_epi16(raw, 4)); }
+OP vi pairs(vi raw, int s) {
+    return _mm512_and_si512(_mm512_srli_epi16(raw, 4 * s), _mm512_set1_epi16(15));
+}
+OP vi byte_pairs(vi raw, int s) {
+    return s ? _mm512_srli_epi16(raw, 8) : _mm512_and_si512(raw, _mm512_set1_epi16(255));
+}
+OP vi sub_i(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+OP vi mul_i(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+OP vf to_f(vi a) { return _mm512_cvtepi32_ps(a); }
+OP vf fma_f(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+OP vf add_f(vf a, vf b) { return _mm512_add_ps(a, b); }
+OP vf mul_f(vf a, vf b) { return _mm512_mul_ps(a, b); }
+OP vf sub_f(vf a, vf b) { return _mm512_sub_ps(a, b); }
+OP vf load_f(const float *p) { return _mm512_loadu_ps(p); }
+OP void store_f(float *p, vf a) { _mm512_storeu_ps(p, a); }
+OP vf load_half(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+OP vi load_bytes(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+}
+/* A permutation looks at the low four bits of an index alone: the nibble looks up its own float. */
+OP vf nibble(vi raw, int i) {
+    const vf table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(raw, 4 * i), table);
+}
+OP vf byte(vi raw, int i) {
+    return to_f(_mm512_and_si512(_mm512_srli_epi32(raw, 8 * i), _mm512_set1_epi32(255)));
+}
+OP vi words(const void *p) {
+    int32_t word;
+    memcpy(&word, p, 4);
+    return _mm512_set1_epi32(word);
+}
+OP v8 dot8(v8 acc, vi w, vi a) { return _mm512_dpbusd_epi32(acc, w, a); }
+OP vi total8(v8 acc) { return acc; }
+OP vi dot16(vi acc, vi w, vi a) { return _mm512_dpwssd_epi32(acc, w, a); }
+
+#include "tile.h"
+
+const kern_isa kern_avx512 = KERNELS("avx512");

@@ -1,0 +1,83 @@
+/* The library's interface: y = x W^T for a packed quantized W (n outputs, k inputs).
+ *
+ *     W[c][i] = scale[c][g] * (code[c][i] - zero[c][g]),   g = i / group
+ *
+ * Packed layout. 16 outputs make a tile; a tile's codes are lines of 64 bytes, in the order of k.
+ * Up to 4 bits a line holds 8 inputs: byte 4c+j of a line has input j of output c in its low and
+ * input 4+j in its high nibble. With 8 bits a line holds 4 inputs: byte 4c+j has input j. So one
+ * 32-bit lane is one output, whatever the vector's width, and no instruction set needs a permute.
+ * Scales and zeros lie beside: tiles x groups x 16. n is padded to 16, k to 32 in each group.
+ */
+#ifndef KERN_H
+#define KERN_H
+
+#include <stdint.h>
+
+#define TILE 16
+#define LINE 64
+
+enum precision { EXACT, HIGH, FAST };
+
+typedef struct {
+    const uint8_t *codes;   /* tiles x (k * bytes per input) x 16, 64-byte aligned */
+    const uint16_t *scales; /* float16, tiles x groups x 16 */
+    const uint8_t *zeros;   /* tiles x groups x 16, or one for all */
+    int64_t n, k, group;    /* outputs (not padded), inputs (padded), inputs per scale */
+    int32_t bits, one_zero; /* stored width, 4 or 8; whether `zeros` is a single one */
+} kern_weight;
+
+/* Activations as a precision wants them: float rows, or integers with a scale per block of k.
+ * int16 rows are permuted within each 8 inputs to 0 2 4 6 1 3 5 7, the order in which shifting a
+ * line gives its codes. */
+typedef struct {
+    const void *rows;     /* float, int16 or int8 */
+    const float *scales;  /* rows x k / block */
+    const int32_t *sums;  /* rows x k / block: the sum of a block's integers */
+    int64_t ld, block; /* from row to row; inputs per scale */
+} kern_input;
+
+/* One instruction set. `tile` takes at most tile_rows[precision] rows, `multiply` panel_rows. */
+typedef struct {
+    const char *name;
+    int tile_rows[3], panel_rows;
+    /* x, k floats -> integers, scales and sums of one row. */
+    void (*quantize)(int precision, const float *x, int64_t k, int64_t block, void *row,
+                     float *scales, int32_t *sums);
+    /* out (rows, 16) = rows of x times one tile. */
+    void (*tile)(int precision, int rows, const kern_weight *w, int64_t tile, const kern_input *x,
+                 int64_t row, float *out);
+    /* The inputs start..end-1 of a tile as floats, (end - start, 16). */
+    void (*panel)(const kern_weight *w, int64_t tile, int64_t start, int64_t end, float *panel);
+    /* out (rows, 16) += x (rows, count; row stride ld) times a panel. */
+    void (*multiply)(int rows, const float *x, int64_t ld, const float *panel, int64_t count,
+                     float *out);
+} kern_isa;
+
+extern const kern_isa kern_scalar, kern_avx2, kern_avxvnni, kern_avx512, kern_neon;
+
+typedef void (*kern_range)(int64_t begin, int64_t end, void *context);
+void kern_parallel(int64_t count, int64_t grain, kern_range body, void *context);
+
+const kern_isa *kern_active(void);
+
+#if defined(_WIN32)
+#define KERN_API __declspec(dllexport)
+#else
+#define KERN_API __attribute__((visibility("default")))
+#endif
+
+/* The names of the usable instruction sets, best first, separated by spaces. */
+KERN_API const char *kern_available(void);
+/* Use the instruction set of that name, or the best for NULL. 0, or -1 if it cannot run here. */
+KERN_API int kern_select(const char *name);
+KERN_API const char *kern_selected(void);
+/* Run on the pool behind `parallel_for` (torch_parallel_for of libtorch); NULL: own threads. */
+KERN_API void kern_use_pool(void *parallel_for, int threads);
+
+/* y (m, w->n) = x (m rows, ldx apart) times w.
+ * gather: for each of the w->k padded inputs its column of x, or -1 for padding; NULL: x has w->k
+ * columns, in order. 0, or -1 when memory is short. */
+KERN_API int kern_matmul(int precision, const kern_weight *w, const float *x, int64_t ldx,
+                         const int32_t *gather, int64_t m, float *y);
+
+#endif

@@ -1,0 +1,97 @@
+/* Plain C that reads like the formula: the fallback, and what the other files are compared with. */
+#include "kern.h"
+#include "quantize.h"
+
+static float half_to_float(uint16_t h) {
+    int exponent = h >> 10 & 31, fraction = h & 1023;
+    float value = exponent == 0    ? ldexpf((float)fraction, -24)
+                  : exponent == 31 ? (fraction ? NAN : INFINITY)
+                                   : ldexpf((float)(1024 + fraction), exponent - 25);
+    return h >> 15 ? -value : value;
+}
+
+static int code(const kern_weight *w, int64_t tile, int64_t k, int c) {
+    if (w->bits == 8) return w->codes[(tile * w->k / 4 + k / 4) * LINE + 4 * c + k % 4];
+    uint8_t byte = w->codes[(tile * w->k / 8 + k / 8) * LINE + 4 * c + k % 4];
+    return k % 8 < 4 ? byte & 15 : byte >> 4;
+}
+
+static int zero(const kern_weight *w, int64_t place) {
+    return w->zeros[w->one_zero ? 0 : place];
+}
+
+/* Where the scale of output c of a tile stands for the group of input k. */
+static int64_t place(const kern_weight *w, int64_t tile, int64_t k, int c) {
+    return (tile * (w->k / w->group) + k / w->group) * TILE + c;
+}
+
+/* The integer of input k in a row of `x`. */
+static int32_t activation(int precision, const kern_input *x, int64_t row, int64_t k) {
+    if (precision == FAST) return ((const int8_t *)x->rows)[row * x->ld + k];
+    return ((const int16_t *)x->rows)[row * x->ld + k / 8 * 8 + k % 2 * 4 + k % 8 / 2];
+}
+
+/* One block: exact integers. */
+static int32_t block_dot(int precision, const kern_weight *w, int64_t tile, const kern_input *x,
+                         int64_t row, int64_t start, int c) {
+    int64_t dot = 0;
+    int z = zero(w, place(w, tile, start, c));
+    for (int64_t k = start; k < start + x->block; k++)
+        dot += (int64_t)(code(w, tile, k, c) - z) * activation(precision, x, row, k);
+    return (int32_t)dot;
+}
+
+static float integer_output(int precision, const kern_weight *w, int64_t tile, const kern_input *x,
+                            int64_t row, int c) {
+    float total = 0;
+    for (int64_t start = 0; start < w->k; start += w->group) {
+        float part = 0;
+        for (int64_t k = start; k < start + w->group; k += x->block) {
+            float dot = (float)block_dot(precision, w, tile, x, row, k, c);
+            part = fmaf(dot, x->scales[row * (w->k / x->block) + k / x->block], part);
+        }
+        total = fmaf(part, half_to_float(w->scales[place(w, tile, start, c)]), total);
+    }
+    return total;
+}
+
+static float exact_output(const kern_weight *w, int64_t tile, const kern_input *x, int64_t row,
+                          int c) {
+    const float *values = (const float *)x->rows + row * x->ld;
+    float total = 0;
+    for (int64_t start = 0; start < w->k; start += w->group) {
+        float part = 0;
+        int z = zero(w, place(w, tile, start, c));
+        for (int64_t k = start; k < start + w->group; k++)
+            part += (float)(code(w, tile, k, c) - z) * values[k];
+        total += part * half_to_float(w->scales[place(w, tile, start, c)]);
+    }
+    return total;
+}
+
+static void tile_rows(int precision, int rows, const kern_weight *w, int64_t tile,
+                      const kern_input *x, int64_t row, float *out) {
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < TILE; c++)
+            out[r * TILE + c] = precision == EXACT
+                                    ? exact_output(w, tile, x, row + r, c)
+                                    : integer_output(precision, w, tile, x, row + r, c);
+}
+
+static void panel(const kern_weight *w, int64_t tile, int64_t start, int64_t end, float *out) {
+    for (int64_t k = start; k < end; k++)
+        for (int c = 0; c < TILE; c++) {
+            int64_t p = place(w, tile, k, c);
+            *out++ = half_to_float(w->scales[p]) * (float)(code(w, tile, k, c) - zero(w, p));
+        }
+}
+
+static void multiply(int rows, const float *x, int64_t ld, const float *panel, int64_t count,
+                     float *out) {
+    for (int r = 0; r < rows; r++)
+        for (int64_t k = 0; k < count; k++)
+            for (int c = 0; c < TILE; c++)
+                out[r * TILE + c] += x[r * ld + k] * panel[k * TILE + c];
+}
+
+const kern_isa kern_scalar = {"scalar", {1, 1, 1}, 4, quantize_row, tile_rows, panel, multiply};

@@ -1,0 +1,124 @@
+"""pytest tests/test_native.py: threads, forks, torch.compile, instruction sets, bad input."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import ISAS, KERN, built, make, rows, shuffled
+
+from quant import native
+from quant.kernels import PRECISIONS, cpu
+
+
+@built
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("m", [1, 5, 40])
+def test_the_number_of_threads_changes_nothing(precision: str, m: int) -> None:
+    assert KERN is not None
+    packed, x = cpu.pack(make(1000, 512, 128)), rows(m, 512)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        results.append(cpu.matmul(x, packed, precision))
+        KERN.kern_use_pool(None, threads)  # threads of its own
+        results.append(cpu.matmul(x, packed, precision))
+        KERN.kern_use_pool(native.torch_pool(), threads)
+    torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@built
+def test_calls_from_several_python_threads() -> None:
+    packed, x = cpu.pack(make(1000, 512, 128)), rows(9, 512)
+    expected, wrong = cpu.matmul(x, packed, "high"), []
+
+    def call() -> None:
+        for _ in range(30):
+            if not torch.equal(cpu.matmul(x, packed, "high"), expected):
+                wrong.append(1)
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+@built
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_does_not_wait_for_threads_it_has_not() -> None:
+    """In a process of its own: forking a threaded test runner is not safe."""
+    code = (
+        "import os, signal, torch; from test_native import cpu, make, rows\n"
+        "packed, x = cpu.pack(make(1000, 512, 128)), rows(40, 512)\n"
+        "y = cpu.matmul(x, packed, 'high')\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signal.alarm(20)\n"
+        "    os._exit(0 if y.tolist() == cpu.matmul(x, packed, 'high').tolist() else 1)\n"
+        "raise SystemExit(os.waitpid(child, 0)[1])\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent).returncode == 0
+
+
+@built
+def test_under_torch_compile() -> None:
+    packed, x = cpu.pack(shuffled(make(40, 256), 4)), rows(3, 256)
+    compiled = torch.compile(lambda x: cpu.matmul(x, packed, "high") + 1, backend="aot_eager")
+    assert torch.equal(compiled(x), cpu.matmul(x, packed, "high") + 1)
+    tensors = (packed["codes"], packed["scales"], packed["zeros"], packed["extent"])
+    torch.library.opcheck(torch.ops.llama_gptq.matmul.default, (x, *tensors, packed["gather"], 1))
+
+
+@built
+def test_the_environment_chooses_the_instruction_set() -> None:
+    code = "from quant import native; print(native.library().kern_selected().decode())"
+    for name in [*ISAS, "pentium"]:
+        environment = {**os.environ, "LLAMA_GPTQ_ISA": name}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        if name == "pentium":
+            assert "LLAMA_GPTQ_ISA=pentium: not available here; there are" in done.stderr
+        else:
+            assert done.stdout.strip() == name
+
+
+@built
+def test_bad_arguments() -> None:
+    packed = cpu.pack(make(40, 128, 32))
+    with pytest.raises(ValueError, match=r"x of shape \(2, 127\).*expected \(..., 128\)"):
+        cpu.matmul(torch.ones(2, 127), packed)
+    with pytest.raises(ValueError, match="torch.int64"):
+        cpu.matmul(torch.ones(2, 128, dtype=torch.int64), packed)
+    with pytest.raises(ValueError, match="meta"):
+        cpu.matmul(torch.ones(2, 128, device="meta"), packed)
+    with pytest.raises(ValueError, match="precision 'half' is unknown; there are exact"):
+        cpu.matmul(torch.ones(2, 128), packed, "half")
+    for name, wrong in (
+        ("codes", packed["codes"][:1]),
+        ("scales", packed["scales"][:, :3]),
+        ("zeros", packed["zeros"][:1]),
+        ("extent", torch.empty(80, 128, 0)),
+    ):
+        with pytest.raises(ValueError, match="packed tensors do not belong together"):
+            cpu.matmul(torch.ones(2, 128), {**packed, name: wrong})
+
+
+@built
+@pytest.mark.skipif(platform.system() != "Linux", reason="readelf reads Linux libraries")
+def test_the_library_needs_the_c_library_alone() -> None:
+    assert KERN is not None
+    listing = subprocess.run(["readelf", "-d", KERN._name], capture_output=True, text=True).stdout
+    needed = {line.split("[")[1].split("]")[0] for line in listing.splitlines() if "NEEDED" in line}
+    assert needed
+    assert needed <= {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-aarch64.so.1"}
