@@ -63,6 +63,23 @@ class QuantizedTensor:
         grid = replace(self.grid, scales=self.grid.scales[rows], zeros=self.grid.zeros[rows])
         return replace(self, codes=self.codes[rows], grid=grid)
 
+    @staticmethod
+    def stack(parts: list[QuantizedTensor]) -> QuantizedTensor:
+        """The outputs of several tensors one after another; they share bits, groups and inputs."""
+        scales = torch.cat([part.grid.scales for part in parts])
+        grid = replace(parts[0].grid, scales=scales, zeros=torch.cat([p.grid.zeros for p in parts]))
+        return replace(parts[0], codes=torch.cat([part.codes for part in parts]), grid=grid)
+
+    def stacks_with(self, other: QuantizedTensor) -> bool:
+        """Whether both have the same bits, inputs and groups."""
+        if self.bits != other.bits or self.codes.shape[1] != other.codes.shape[1]:
+            return False
+        if self.grid.scales.shape[1] != other.grid.scales.shape[1]:
+            return False
+        if self.group_index is None or other.group_index is None:
+            return self.group_index is other.group_index
+        return torch.equal(self.group_index, other.group_index)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """scale * (code - zero), (out, in); computed in float32, then cast."""
         if self.group_index is None:

@@ -2,7 +2,8 @@
 
 The model is built empty (meta device); every tensor of the file is put where its name says,
 memory-mapped and in its storage dtype. Where the file holds codes, the linear becomes a
-QuantLinear: the data decides, not a flag.
+QuantLinear: the data decides, not a flag. Linears that share an input become one (q, k, v; gate,
+up), so that it is prepared and multiplied once.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from quant.grid import QuantizedTensor
 from quant.kernels import choose
 from quant.linear import QuantLinear
 from quant.llama.config import LlamaConfig
-from quant.llama.model import Linear, Llama
+from quant.llama.model import LINEAR_GROUPS, MERGED_NAMES, Linear, Llama
 from quant.llama.tokenizer import Tokenizer, load_tokenizer
 
 
 def load_quantized(
-    path: str | Path, device: str = "auto", dtype: str = "auto", backend: str | None = None
+    path: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str | None = None,
+    precision: str = "high",
 ) -> tuple[Llama, Tokenizer]:
     """Load a quantized checkpoint with its tokenizer.
 
@@ -33,6 +38,8 @@ def load_quantized(
         dtype: storage dtype of the tensors that are not quantized: "auto" keeps the file's, or
             "float16", "bfloat16", "float32".
         backend: force a backend of quant.kernels by name.
+        precision: what the CPU kernel does to activations: "exact" keeps them in float32, "high"
+            rounds them to 16 bits, "fast" to 8.
 
     Returns:
         (model, tokenizer): `model(ids)` gives float32 logits.
@@ -47,7 +54,7 @@ def load_quantized(
             f"{path}: not a quantized checkpoint; make one with: python cli.py quantize --model "
             f"{path}"
         )
-    return load_model(path, device, dtype, backend), load_tokenizer(Path(path))
+    return load_model(path, device, dtype, backend, precision), load_tokenizer(Path(path))
 
 
 def is_quantized(reader: CheckpointReader) -> bool:
@@ -56,7 +63,11 @@ def is_quantized(reader: CheckpointReader) -> bool:
 
 
 def load_model(
-    path: str | Path, device: str = "auto", dtype: str = "auto", backend: str | None = None
+    path: str | Path,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str | None = None,
+    precision: str = "high",
 ) -> Llama:
     """Load a float or quantized checkpoint; arguments and errors as in `load_quantized`."""
     reader = CheckpointReader(Path(path))
@@ -64,18 +75,19 @@ def load_model(
     place = torch.device(resolve_device(device))
     with torch.device("meta"):
         model = Llama(config)
-    backend = choose(place, backend)
+    linears = _QuantLinears(model, choose(place, backend), place, precision)
     form = next((form for form in FORMATS.values() if form.matches(reader)), None)
     entries = (
         form.read(reader) if form else ((name, reader.tensor(name)) for name in reader.names())
     )
     for name, value in entries:
         if isinstance(value, QuantizedTensor):
-            _put_quantized(model, name, value, backend, place)
+            linears.add(name, value)
         elif not name.endswith("rotary_emb.inv_freq"):
             _put_plain(
                 model, name, value if dtype == "auto" else value.to(getattr(torch, dtype)), place
             )
+    linears.attach()
     if config.tie_word_embeddings:
         model.tie()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
@@ -113,19 +125,68 @@ def _put_plain(model: Llama, name: str, tensor: Tensor, device: torch.device) ->
     setattr(module, attribute, nn.Parameter(tensor.to(device), requires_grad=False))
 
 
-def _put_quantized(
-    model: Llama, name: str, qt: QuantizedTensor, backend: str, device: torch.device
-) -> None:
-    """Replace the linear of that name by a QuantLinear; its bias is kept."""
-    parent_name, _, attribute = name.rpartition(".")
-    old = model.get_submodule(name)
-    assert isinstance(old, Linear)
-    expected = tuple(old.weight.shape)
-    if tuple(qt.codes.shape) != expected:
-        raise ValueError(
-            f"{name}: shape {tuple(qt.codes.shape)} in the file, {expected} by config.json; one "
-            "is wrong"
-        )
-    linear = QuantLinear(qt, None, backend, device)
-    linear.bias = old.bias
-    setattr(model.get_submodule(parent_name), attribute, linear)
+_GROUP_OF = {
+    name: (group, merged)
+    for group, merged in zip(LINEAR_GROUPS, MERGED_NAMES, strict=True)
+    for name in group
+}
+
+
+class _QuantLinears:
+    """Collects the quantized linears of a file, in any order, and puts them into the model.
+
+    A group of LINEAR_GROUPS is packed as one matrix as soon as it is complete, so that unpacked
+    codes of one layer at most are in memory.
+    """
+
+    def __init__(self, model: Llama, backend: str, device: torch.device, precision: str) -> None:
+        self._model = model
+        self._settings = (backend, device, precision)
+        self._waiting: dict[str, QuantizedTensor] = {}
+        self._packed: dict[str, tuple[list[str], QuantLinear]] = {}
+
+    def add(self, name: str, qt: QuantizedTensor) -> None:
+        """Take the weight of the linear of that name, after checking its shape."""
+        linear = self._model.get_submodule(name)
+        assert isinstance(linear, Linear)
+        expected = tuple(linear.weight.shape)
+        if tuple(qt.codes.shape) != expected:
+            raise ValueError(
+                f"{name}: shape {tuple(qt.codes.shape)} in the file, {expected} by config.json; "
+                "one is wrong"
+            )
+        self._waiting[name] = qt
+        layer, *suffix = name.rsplit(".", 2)
+        group, merged = _GROUP_OF.get(".".join(suffix), ((), ""))
+        members = [f"{layer}.{member}" for member in group]
+        if members and all(member in self._waiting for member in members):
+            self._pack(members, f"{layer}.{merged}")
+
+    def _pack(self, members: list[str], merged: str) -> None:
+        parts = [self._waiting.pop(member) for member in members]
+        if all(parts[0].stacks_with(part) for part in parts):
+            self._packed[merged] = (members, self._linear(QuantizedTensor.stack(parts)))
+            return
+        for member, part in zip(members, parts, strict=True):
+            self._packed[member] = ([member], self._linear(part))
+
+    def _linear(self, qt: QuantizedTensor) -> QuantLinear:
+        backend, device, precision = self._settings
+        return QuantLinear(qt, None, backend, device, precision)
+
+    def attach(self) -> None:
+        """Replace the float linears, whose biases are kept."""
+        for name, qt in self._waiting.items():
+            self._packed[name] = ([name], self._linear(qt))
+        for name, (members, linear) in self._packed.items():
+            biases = [self._model.get_submodule(member).bias for member in members]
+            present = [bias for bias in biases if isinstance(bias, Tensor)]
+            if present:
+                linear.bias = nn.Parameter(torch.cat(present), requires_grad=False)
+            for member in members:
+                self._set(member, None)
+            self._set(name, linear)
+
+    def _set(self, name: str, module: nn.Module | None) -> None:
+        parent, _, attribute = name.rpartition(".")
+        setattr(self._model.get_submodule(parent), attribute, module)

@@ -51,7 +51,7 @@ def test_quantize_load_and_compare(
     assert {"tokenizer.model", "config.json", "quantize_config.json"} <= {
         p.name for p in output.iterdir()
     }
-    model, tokenizer = load_quantized(output, device="cpu")
+    model, tokenizer = load_quantized(output, device="cpu", precision="exact")
     dense = load_model(source, device="cpu")
     for name, value in entries(output).items():
         if isinstance(value, QuantizedTensor):

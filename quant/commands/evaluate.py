@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from quant.commands.options import BUNDLED, INPUT, OUTPUT, Device, Dtype, Model
+from quant.commands.options import BUNDLED, INPUT, OUTPUT, Device, Dtype, Model, Precision
 
 Perplexity = Annotated[
     bool,
@@ -49,6 +49,7 @@ def evaluate(
     json_output: Json = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    precision: Precision = "exact",
 ) -> None:
     """Perplexity by the GPTQ paper's protocol; if quantized, also against the float origin."""
     from quant.evaluate import evaluate
@@ -61,7 +62,7 @@ def evaluate(
 
     model = model or last_output()
     reference = reference or float_origin(model)
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, precision=precision)
     own_text = BUNDLED in (model.resolve(), reference)
     data = data or (str(BUNDLED / "heldout.txt") if own_text else "wikitext2")
     ids, facts = evaluation_ids(load_tokenizer(model), data)

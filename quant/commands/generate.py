@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quant.commands.options import Device, Dtype, Model
+from quant.commands.options import Device, Dtype, Model, Precision
 
 SAMPLING = "Sampling"
 Tokens = Annotated[
@@ -30,6 +30,7 @@ def generate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    precision: Precision = "high",
 ) -> None:
     """Continue a text."""
     from quant.llama import generate as generation
@@ -40,7 +41,7 @@ def generate(
     model = model or last_output()
     sampling = generation.Sampling(temperature, top_p, seed)
     tokenizer = load_tokenizer(model)
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, precision=precision)
     ids = tokenizer.encode(prompt)
     stream = tokenizer.stream(ids)
     print(prompt, end="", flush=True)

@@ -28,3 +28,11 @@ Dtype = Annotated[
         rich_help_panel=RUNTIME,
     ),
 ]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="What the CPU kernel of quantized linears does to activations: exact (float32), high "
+        "(16 bits), fast (8 bits).",
+        rich_help_panel=RUNTIME,
+    ),
+]

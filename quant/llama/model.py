@@ -29,6 +29,8 @@ LINEAR_GROUPS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+# Where a quantized group stands as one matrix, its outputs one after another.
+MERGED_NAMES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 
 class Linear(nn.Module):
@@ -96,13 +98,15 @@ class Attention(nn.Module):
         self.k_proj: nn.Module = Linear(hidden, kv_width, bias)
         self.v_proj: nn.Module = Linear(hidden, kv_width, bias)
         self.o_proj: nn.Module = Linear(width, hidden, bias)
+        self.qkv_proj: nn.Module | None = None  # takes the place of the three
+        self.widths = (width, kv_width, kv_width)
 
     def mix(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """The input of o_proj, (B, T, heads * D), from the normed x (B, T, hidden)."""
         config, start = self.config, cache.length if cache else 0
         B, T, _ = x.shape
         cos, sin = rotary(config, start, start + T, x.device)
-        q, k, v = (p(x).view(B, T, -1, config.head_dim).transpose(1, 2) for p in self._qkv())
+        q, k, v = (y.view(B, T, -1, config.head_dim).transpose(1, 2) for y in self._qkv(x))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache:
             k, v = cache.append(layer, k, v)  # (B, KV heads, S, D)
@@ -114,8 +118,10 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and T > 1)
         return y.transpose(1, 2).reshape(B, T, -1)
 
-    def _qkv(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        return self.q_proj, self.k_proj, self.v_proj
+    def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.qkv_proj is not None:
+            return self.qkv_proj(x).split(self.widths, dim=-1)
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         return self.o_proj(self.mix(x, cache, layer))
@@ -131,10 +137,15 @@ class MLP(nn.Module):
         self.gate_proj: nn.Module = Linear(hidden, width, bias)
         self.up_proj: nn.Module = Linear(hidden, width, bias)
         self.down_proj: nn.Module = Linear(width, hidden, bias)
+        self.gate_up_proj: nn.Module | None = None  # takes the place of the two
 
     def mix(self, x: Tensor) -> Tensor:
         """The input of down_proj, (B, T, intermediate), from the normed x (B, T, hidden)."""
-        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+        if self.gate_up_proj is not None:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return F.silu(gate) * up
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.mix(x))
