@@ -48,8 +48,15 @@ def start(context: typer.Context) -> None:
         print('  python cli.py generate "def "     write text with it')
 
 
+GROUPS = {"bench": typer.Typer(help="Time kernels and whole models on this machine.")}
+for name, group in GROUPS.items():
+    app.add_typer(group, name=name)
 for name, function in COMMANDS.items():
-    app.command(name)(one_line_errors(function))
+    first, _, second = name.partition(" ")
+    if second:
+        GROUPS[first].command(second)(one_line_errors(function))
+    else:
+        app.command(name)(one_line_errors(function))
 
 
 def main() -> None:

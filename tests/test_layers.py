@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     ["cli"],
     ["quant.commands"],
-    ["quant.progress", "quant.inspection", "quant.evaluation_text"],
-    ["quant.pipeline", "quant.loader", "quant.evaluate"],
-    ["quant.linear", "quant.report", "quant.verification"],
+    ["quant.progress", "quant.inspection", "quant.evaluation_text", "quant.roofline"],
+    ["quant.pipeline", "quant.loader", "quant.evaluate", "quant.bench"],
+    ["quant.linear", "quant.report", "quant.verification", "quant.contenders"],
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.grid", "quant.packing", "quant.checkpoint", "quant.checkpoint_writer"]
     + ["quant.output", "quant.geometry"],

@@ -1,5 +1,7 @@
 """The subcommands, one file each. To add one: copy `inspect.py`, add a line here.
 
+A name of two words is a subcommand of a group.
+
 Heavy modules are imported inside the functions, so that --help does not load torch.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from quant.commands.bench import bench_decode, bench_kernels
 from quant.commands.evaluate import evaluate
 from quant.commands.generate import generate
 from quant.commands.inspect import inspect
@@ -17,4 +20,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "generate": generate,
     "inspect": inspect,
+    "bench kernels": bench_kernels,
+    "bench decode": bench_decode,
 }
