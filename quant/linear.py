@@ -38,15 +38,12 @@ class QuantLinear(nn.Module):
             )
         self.in_features, self.out_features = qt.in_features, qt.out_features
         self.backend, self.precision = backend, precision
-        self._packed_names = []
         for name, tensor in BACKENDS[backend].pack(qt).items():
             self.register_buffer(name, tensor.to(device) if tensor.dim() else tensor)
-            self._packed_names.append(name)
         self.bias = None if bias is None else nn.Parameter(bias.to(device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = {name: getattr(self, name) for name in self._packed_names}
-        y = BACKENDS[self.backend].matmul(x, packed, self.precision)
+        y = BACKENDS[self.backend].matmul(x, self._buffers, self.precision)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

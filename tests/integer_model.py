@@ -60,10 +60,13 @@ def matmul(x: np.ndarray, qt: QuantizedTensor, precision: str) -> np.ndarray:
         integers, steps = quantize(
             np.pad(x[:, columns], ((0, 0), (0, padding))), block, TOP[precision]
         )
-        centred = np.pad(codes[:, columns] - zeros[:, g : g + 1], ((0, 0), (0, padding)))
-        part = np.zeros_like(y)
+        padded = np.pad(codes[:, columns], ((0, 0), (0, padding)))
+        part, total = np.zeros_like(y), np.zeros((len(x), 1), np.float32)
         for b in range(width // block):
-            dots = integers[:, b] @ centred[:, b * block : (b + 1) * block].T
-            part = fma(dots.astype(np.float32), steps[:, b : b + 1], part)
+            step = steps[:, b : b + 1]
+            dots = integers[:, b] @ padded[:, b * block : (b + 1) * block].T
+            part = fma(dots.astype(np.float32), step, part)
+            total = fma(integers[:, b].sum(1, keepdims=True).astype(np.float32), step, total)
+        part = fma(-zeros[None, :, g].astype(np.float32), total, part)
         y = fma(part, scales[None, :, g], y)
     return y

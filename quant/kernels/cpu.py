@@ -19,6 +19,9 @@ Letters: M rows of x, K in_features, N out_features, G groups, T tiles of 16 out
 from __future__ import annotations
 
 import ctypes
+import mmap
+import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,6 +30,9 @@ from quant.grid import QuantizedTensor
 from quant.native import PRECISIONS, Weight, library
 
 _TILE = 16
+_LARGE_PAGE = 2 << 20
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_NUMBER = {name: number for number, name in enumerate(PRECISIONS)}
 
 
 def is_available(device: torch.device) -> bool:
@@ -50,7 +56,7 @@ def pack(qt: QuantizedTensor) -> dict[str, Tensor]:
     gather = _columns(qt, groups)
     codes = torch.nn.functional.pad(qt.codes, (0, 1))[:, gather]  # column -1 holds zeros
     packed = {
-        "codes": _pack_codes(_pad_rows(codes), 8 if qt.bits == 8 else 4),
+        "codes": _in_large_pages(_pack_codes(_pad_rows(codes), 8 if qt.bits == 8 else 4)),
         "scales": _tiles(_pad_rows(qt.grid.scales).to(torch.float16)),
         "zeros": _tiles(_pad_rows(qt.grid.zeros)),
         "extent": torch.empty(out_features, in_features, 0),
@@ -95,18 +101,97 @@ def _pack_codes(codes: Tensor, bits: int) -> Tensor:
     return lines.transpose(1, 2).flatten(2).contiguous()
 
 
+def _in_large_pages(codes: Tensor) -> Tensor:
+    """A copy in fresh memory with large pages, which is read faster than small ones; the tensor
+    itself where it is small or the system has none.
+    """
+    size = codes.numel()
+    if size < 2 * _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return codes
+    memory = mmap.mmap(-1, size + _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    room = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -room.data_ptr() % _LARGE_PAGE
+    return room[start : start + size].view(codes.shape).copy_(codes)
+
+
 def matmul(x: Tensor, packed: dict[str, Tensor], precision: str = "exact") -> Tensor:
     """x (..., K) in float32, float16 or bfloat16 -> (..., N) in the same dtype; sums in float32.
 
     Raises:
         ValueError: x does not fit the packed matrix, or the precision is unknown.
     """
-    if precision not in PRECISIONS:
+    if precision not in _NUMBER:
         raise ValueError(f"precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}")
     call = _operator if torch.compiler.is_compiling() else _matmul
-    extent, gather = packed["extent"], packed.get("gather")
-    tensors = (packed["codes"], packed["scales"], packed["zeros"], extent, gather)
-    return call(x, *tensors, PRECISIONS.index(precision))
+    return call(
+        x,
+        packed["codes"],
+        packed["scales"],
+        packed["zeros"],
+        packed["extent"],
+        packed.get("gather"),
+        _NUMBER[precision],
+    )
+
+
+class _Plan:
+    """The arguments of one packed matrix, checked once; valid while its tensors are the same."""
+
+    def __init__(
+        self, codes: Tensor, scales: Tensor, zeros: Tensor, extent: Tensor, gather: Tensor | None
+    ) -> None:
+        weight = _checked(codes, scales, zeros, extent, gather)
+        self.codes = weakref.ref(codes, _forget(id(codes)))
+        self.scales, self.zeros, self.extent, self.gather = scales, zeros, extent, gather
+        self.pointers = codes.data_ptr(), scales.data_ptr(), zeros.data_ptr()
+        self.columns = None if gather is None else gather.data_ptr()
+        self.weight, self.n, self.k = ctypes.byref(weight), extent.shape[0], extent.shape[1]
+
+    def holds(
+        self, codes: Tensor, scales: Tensor, zeros: Tensor, extent: Tensor, gather: Tensor | None
+    ) -> bool:
+        """Whether it was made of these tensors, and their data is where it was."""
+        return (
+            self.codes() is codes
+            and self.scales is scales
+            and self.zeros is zeros
+            and self.extent is extent
+            and self.gather is gather
+            and self.pointers == (codes.data_ptr(), scales.data_ptr(), zeros.data_ptr())
+        )
+
+
+_PLANS: dict[int, _Plan] = {}  # by id of the codes
+
+
+def _forget(key: int) -> Callable[[object], object]:
+    return lambda _: _PLANS.pop(key, None)
+
+
+def _checked(
+    codes: Tensor, scales: Tensor, zeros: Tensor, extent: Tensor, gather: Tensor | None
+) -> Weight:
+    """The library's view of a packed matrix, after checking that its tensors belong together."""
+    n, k = extent.shape[0], extent.shape[1]
+    tiles, groups, padded = scales.shape[0], scales.shape[1], k if gather is None else len(gather)
+    bits = codes.numel() * 8 // max(1, tiles * _TILE * padded)
+    one_zero = zeros.numel() == 1
+    fit = (
+        bits in (4, 8)
+        and codes.numel() * 8 == tiles * _TILE * padded * bits
+        and padded % (32 * groups) == 0
+        and (tiles - 1) * _TILE < n <= tiles * _TILE
+        and (one_zero or zeros.shape == scales.shape)
+        and all(t.is_contiguous() and t.is_cpu for t in (codes, scales, zeros))
+    )
+    if not fit:
+        raise ValueError(
+            f"packed tensors do not belong together: codes {tuple(codes.shape)}, scales "
+            f"{tuple(scales.shape)}, zeros {tuple(zeros.shape)} for {n} outputs, {padded} inputs"
+        )
+    pointers = codes.data_ptr(), scales.data_ptr(), zeros.data_ptr()
+    return Weight(*pointers, n, padded, padded // groups, bits, one_zero)
 
 
 def _matmul(
@@ -119,45 +204,27 @@ def _matmul(
     precision: int,
 ) -> Tensor:
     """Check every size, then call the library."""
-    n, k = extent.shape[0], extent.shape[1]
-    if x.shape[-1] != k or not x.is_floating_point() or x.device.type != "cpu":
+    plan = _PLANS.get(id(codes))
+    if plan is None or not plan.holds(codes, scales, zeros, extent, gather):
+        plan = _PLANS[id(codes)] = _Plan(codes, scales, zeros, extent, gather)
+    shape, n, k = x.shape, plan.n, plan.k
+    if shape[-1] != k or x.dtype not in _FLOATS or not x.is_cpu:
         raise ValueError(
-            f"x of shape {tuple(x.shape)}, {x.dtype}, on {x.device}: expected (..., {k}) floats on "
+            f"x of shape {tuple(shape)}, {x.dtype}, on {x.device}: expected (..., {k}) floats on "
             "the CPU"
         )
-    tiles, groups, padded = scales.shape[0], scales.shape[1], k if gather is None else len(gather)
-    bits = codes.numel() * 8 // max(1, tiles * _TILE * padded)
-    one_zero = zeros.numel() == 1
-    sizes_fit = (
-        bits in (4, 8)
-        and codes.numel() * 8 == tiles * _TILE * padded * bits
-        and padded % (32 * groups) == 0
-        and (tiles - 1) * _TILE < n <= tiles * _TILE
-        and (one_zero or zeros.shape == scales.shape)
-    )
-    if not sizes_fit:
-        raise ValueError(
-            f"packed tensors do not belong together: codes {tuple(codes.shape)}, scales "
-            f"{tuple(scales.shape)}, zeros {tuple(zeros.shape)} for {n} outputs, {padded} inputs"
-        )
-    rows = x if x.dtype == torch.float32 else x.float()
-    if rows.dim() != 2:
-        rows = rows.reshape(-1, k)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    y = torch.empty(len(rows), n)
-    weight = Weight(
-        *(codes.data_ptr(), scales.data_ptr(), zeros.data_ptr()),
-        *(n, padded, padded // groups, bits, one_zero),
-    )
-    columns = None if gather is None else gather.data_ptr()
-    arguments = (rows.data_ptr(), rows.stride(0), columns, len(rows), y.data_ptr())
-    kern = library()
-    assert kern is not None
-    if kern.kern_matmul(precision, ctypes.byref(weight), *arguments):
-        raise MemoryError(f"no memory for the activations of {len(rows)} rows")
-    y = y if x.dtype == torch.float32 else y.to(x.dtype)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+    rows, stride = x, k
+    if x.dtype is not torch.float32 or not x.is_contiguous():
+        rows = x.float().reshape(-1, k)
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        stride = rows.stride(0)
+    m = rows.numel() // k
+    y = torch.empty(m, n)
+    multiply = library().kern_matmul  # type: ignore[union-attr]
+    if multiply(precision, plan.weight, rows.data_ptr(), stride, plan.columns, m, y.data_ptr()):
+        raise MemoryError(f"no memory for the activations of {m} rows")
+    y = y if x.dtype is torch.float32 else y.to(x.dtype)
+    return y if len(shape) == 2 else y.view(*shape[:-1], n)
 
 
 _LIBRARY = torch.library.Library("llama_gptq", "DEF")

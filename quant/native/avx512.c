@@ -6,12 +6,12 @@
 
 #define LANES 16
 #define TILE_ROWS_FAST 8
-#define TILE_ROWS_EXACT 4
-#define PANEL_ROWS 14
+#define TILE_ROWS_EXACT 8
+#define PANEL_ROWS 12
+#define PANEL_TILES 2
 #define CASES_FAST CASES8
-#define CASES_PANEL(call)                                                                         \
-    CASES8(call) CASE(9, call) CASE(10, call) CASE(11, call) CASE(12, call) CASE(13, call)        \
-        CASE(14, call)
+#define CASES_EXACT CASES8
+#define CASES_PANEL(call) CASES8(call) CASE(9, call) CASE(10, call) CASE(11, call) CASE(12, call)
 #define OP static inline __attribute__((always_inline))
 #define PIN(x) __asm__("" : "+v"(x))
 
@@ -20,7 +20,6 @@ typedef __m512 vf;
 
 OP void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 OP vi load(const void *p) { return _mm512_loadu_si512(p); }
-OP vi set1_i(int32_t x) { return _mm512_set1_epi32(x); }
 OP vf set1_f(float x) { return _mm512_set1_ps(x); }
 OP vi zero_i(void) { return _mm512_setzero_si512(); }
 OP vf zero_f(void) { return _mm512_setzero_ps(); }
@@ -33,8 +32,7 @@ OP vi pairs(vi raw, int s) {
 OP vi byte_pairs(vi raw, int s) {
     return s ? _mm512_srli_epi16(raw, 8) : _mm512_and_si512(raw, _mm512_set1_epi16(255));
 }
-OP vi sub_i(vi a, vi b) { return _mm512_sub_epi32(a, b); }
-OP vi mul_i(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+OP vi add_i(vi a, vi b) { return _mm512_add_epi32(a, b); }
 OP vf to_f(vi a) { return _mm512_cvtepi32_ps(a); }
 OP vf fma_f(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 OP vf add_f(vf a, vf b) { return _mm512_add_ps(a, b); }
@@ -56,11 +54,8 @@ OP vf nibble(vi raw, int i) {
 OP vf byte(vi raw, int i) {
     return to_f(_mm512_and_si512(_mm512_srli_epi32(raw, 8 * i), _mm512_set1_epi32(255)));
 }
-OP vi words(const void *p) {
-    int32_t word;
-    memcpy(&word, p, 4);
-    return _mm512_set1_epi32(word);
-}
+OP vi word(const uint32_t *p) { return _mm512_set1_epi32((int32_t)*p); }
+OP vf value(const float *p) { return set1_f(*p); }
 OP v8 dot8(v8 acc, vi w, vi a) { return _mm512_dpbusd_epi32(acc, w, a); }
 OP vi total8(v8 acc) { return acc; }
 OP vi dot16(vi acc, vi w, vi a) { return _mm512_dpwssd_epi32(acc, w, a); }

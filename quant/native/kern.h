@@ -26,31 +26,36 @@ typedef struct {
     int32_t bits, one_zero; /* stored width, 4 or 8; whether `zeros` is a single one */
 } kern_weight;
 
-/* Activations as a precision wants them: float rows, or integers with a scale per block of k.
- * int16 rows are permuted within each 8 inputs to 0 2 4 6 1 3 5 7, the order in which shifting a
- * line gives its codes. */
+/* Activations as a precision wants them, in words of 4 bytes: one float, two int16 or four int8
+ * inputs. A block of rows stands together, word by word: word i of its row r is
+ * words[i * rows + r], so that a kernel reads all its rows in one stream; scales and sums likewise.
+ * Rows before `row` take row * (words of a row) words, whatever their blocks.
+ * int16 inputs are permuted within each 8 to 0 2 4 6 1 3 5 7, the order in which shifting a line
+ * gives its codes. */
 typedef struct {
-    const void *rows;     /* float, int16 or int8 */
-    const float *scales;  /* rows x k / block */
-    const int32_t *sums;  /* rows x k / block: the sum of a block's integers */
-    int64_t ld, block; /* from row to row; inputs per scale */
+    const uint32_t *words;
+    const float *scales; /* of each row and block of inputs */
+    const float *sums;   /* of each row and group: its integers times their scales */
+    int64_t block;       /* inputs per scale */
 } kern_input;
 
-/* One instruction set. `tile` takes at most tile_rows[precision] rows, `multiply` panel_rows. */
+/* One instruction set. `tile` takes blocks of tile_rows[precision] rows, `multiply` panel_rows; the
+ * last block may have fewer. */
 typedef struct {
     const char *name;
-    int tile_rows[3], panel_rows;
-    /* x, k floats -> integers, scales and sums of one row. */
-    void (*quantize)(int precision, const float *x, int64_t k, int64_t block, void *row,
-                     float *scales, int32_t *sums);
-    /* out (rows, 16) = rows of x times one tile. */
+    int tile_rows[3], panel_rows, panel_tiles;
+    /* One row of floats -> its place in a block of `rows` rows; gather as in kern_matmul. */
+    void (*prepare)(int precision, const kern_weight *w, const float *x, const int32_t *gather,
+                    int64_t block, int rows, uint32_t *words, float *scales, float *sums);
+    /* out (rows, 16) = a block of rows of x times one tile. */
     void (*tile)(int precision, int rows, const kern_weight *w, int64_t tile, const kern_input *x,
                  int64_t row, float *out);
-    /* The inputs start..end-1 of a tile as floats, (end - start, 16). */
-    void (*panel)(const kern_weight *w, int64_t tile, int64_t start, int64_t end, float *panel);
-    /* out (rows, 16) += x (rows, count; row stride ld) times a panel. */
-    void (*multiply)(int rows, const float *x, int64_t ld, const float *panel, int64_t count,
-                     float *out);
+    /* The inputs start..end-1 of a tile as floats, (end - start, 16), `width` apart. */
+    void (*panel)(const kern_weight *w, int64_t tile, int64_t start, int64_t end, int width,
+                  float *panel);
+    /* out (rows, width) += x (count, rows) transposed times a panel (count, width), which is
+     * panel_tiles wide. */
+    void (*multiply)(int rows, const float *x, const float *panel, int64_t count, float *out);
 } kern_isa;
 
 extern const kern_isa kern_scalar, kern_avx2, kern_avxvnni, kern_avx512, kern_neon;

@@ -8,7 +8,9 @@
 #define TILE_ROWS_FAST 4
 #define TILE_ROWS_EXACT 4
 #define PANEL_ROWS 4
+#define PANEL_TILES 1
 #define CASES_FAST CASES4
+#define CASES_EXACT CASES4
 #define CASES_PANEL CASES4
 #define OP static inline __attribute__((always_inline))
 #define PIN(x) __asm__("" : "+w"(x))
@@ -18,7 +20,6 @@ typedef float32x4_t vf;
 
 OP void prefetch(const void *p) { __builtin_prefetch(p); }
 OP vi load(const void *p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
-OP vi set1_i(int32_t x) { return vdupq_n_s32(x); }
 OP vf set1_f(float x) { return vdupq_n_f32(x); }
 OP vi zero_i(void) { return vdupq_n_s32(0); }
 OP vf zero_f(void) { return vdupq_n_f32(0); }
@@ -36,8 +37,7 @@ OP vi pairs(vi raw, int s) {
 OP vi byte_pairs(vi raw, int s) {
     return vreinterpretq_s32_u16(vandq_u16(shifted(raw, 8 * s), vdupq_n_u16(255)));
 }
-OP vi sub_i(vi a, vi b) { return vsubq_s32(a, b); }
-OP vi mul_i(vi a, vi b) { return vmulq_s32(a, b); }
+OP vi add_i(vi a, vi b) { return vaddq_s32(a, b); }
 OP vf to_f(vi a) { return vcvtq_f32_s32(a); }
 OP vf fma_f(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 OP vf add_f(vf a, vf b) { return vaddq_f32(a, b); }
@@ -46,20 +46,15 @@ OP vf sub_f(vf a, vf b) { return vsubq_f32(a, b); }
 OP vf load_f(const float *p) { return vld1q_f32(p); }
 OP void store_f(float *p, vf a) { vst1q_f32(p, a); }
 OP vf load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-OP vi load_bytes(const uint8_t *p) {
-    return (vi){p[0], p[1], p[2], p[3]};
-}
+OP vi load_bytes(const uint8_t *p) { return (vi){p[0], p[1], p[2], p[3]}; }
 OP vf field(vi raw, int shift, uint32_t mask) {
     uint32x4_t down = vshlq_u32(vreinterpretq_u32_s32(raw), vdupq_n_s32(-shift));
     return vcvtq_f32_u32(vandq_u32(down, vdupq_n_u32(mask)));
 }
 OP vf nibble(vi raw, int i) { return field(raw, 4 * i, 15); }
 OP vf byte(vi raw, int i) { return field(raw, 8 * i, 255); }
-OP vi words(const void *p) {
-    int32_t word;
-    memcpy(&word, p, 4);
-    return vdupq_n_s32(word);
-}
+OP vi word(const uint32_t *p) { return vdupq_n_s32((int32_t)*p); }
+OP vf value(const float *p) { return set1_f(*p); }
 OP v8 dot8(v8 acc, vi w, vi a) {
     return vdotq_s32(acc, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(a));
 }

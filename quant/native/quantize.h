@@ -1,18 +1,19 @@
-/* Activations to integers, one row; compiled for each instruction set, whose flags vectorize it.
+/* One row of activations into words; compiled for each instruction set, whose flags vectorize it.
  *
  * A block's scale is its largest magnitude / 127 or / 32767. Magnitudes are compared as integers:
  * the order is that of the floats, and a NaN stands above infinity, so one comparison finds both.
  * A block that holds one gets the scale NaN, which reaches every output of its row and no other.
- * Blocks below 2^-100 count as zero. Products and sums are not fused, so that every instruction set
+ * Blocks below 2^-100 count as zero. Nothing is fused but by fmaf, so that every instruction set
  * rounds alike. */
 #include <math.h>
 #include <string.h>
 
 #define MOST_BLOCK 256
 
-static float quantize_block(const float *x, int64_t block, float top, int32_t *q, int32_t *sum) {
+/* Integers of one block; returns its scale. */
+static float quantize_block(const float *x, int64_t block, float top, int32_t *q) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer */
-    int32_t most = 0, total = 0;
+    int32_t most = 0;
     for (int64_t i = 0; i < block; i++) {
         int32_t bits;
         memcpy(&bits, x + i, 4);
@@ -26,28 +27,59 @@ static float quantize_block(const float *x, int64_t block, float top, int32_t *q
     for (int64_t i = 0; i < block; i++) {
         float rounded = (x[i] * inverse + magic) - magic;
         q[i] = finite ? (int32_t)rounded : 0;
-        total += q[i];
     }
-    *sum = total;
     return !finite ? NAN : empty ? 0.0f : largest / top;
 }
 
-static void quantize_row(int precision, const float *x, int64_t k, int64_t block, void *row,
-                         float *scales, int32_t *sums) {
+static void put_words(const void *from, int64_t count, int rows, uint32_t *words) {
+    if (rows == 1) {
+        memcpy(words, from, count * 4);
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) memcpy(words + i * rows, (const char *)from + 4 * i, 4);
+}
+
+static void put_int8(const int32_t *q, int64_t block, int rows, uint32_t *words) {
+    int8_t bytes[MOST_BLOCK];
+    for (int64_t i = 0; i < block; i++) bytes[i] = (int8_t)q[i];
+    put_words(bytes, block / 4, rows, words);
+}
+
+static void put_int16(const int32_t *q, int64_t block, int rows, uint32_t *words) {
+    int16_t values[MOST_BLOCK];
+    for (int64_t i = 0; i < block; i += 8)
+        for (int j = 0; j < 4; j++) {
+            values[i + j] = (int16_t)q[i + 2 * j];
+            values[i + 4 + j] = (int16_t)q[i + 2 * j + 1];
+        }
+    put_words(values, block / 2, rows, words);
+}
+
+/* Inputs `gather` of a row, 0 for padding. */
+static const float *pick(const float *x, const int32_t *gather, int64_t count, float *picked) {
+    for (int64_t i = 0; i < count; i++) picked[i] = gather[i] < 0 ? 0.0f : x[gather[i]];
+    return picked;
+}
+
+static void prepare_row(int precision, const kern_weight *w, const float *x, const int32_t *gather,
+                        int64_t block, int rows, uint32_t *words, float *scales, float *sums) {
+    float picked[MOST_BLOCK];
     int32_t q[MOST_BLOCK];
-    for (int64_t b = 0; b < k / block; b++) {
-        const float top = precision == FAST ? 127.0f : 32767.0f;
-        scales[b] = quantize_block(x + b * block, block, top, q, sums + b);
-        if (precision == FAST) {
-            int8_t *out = (int8_t *)row + b * block;
-            for (int64_t i = 0; i < block; i++) out[i] = (int8_t)q[i];
+    for (int64_t k = 0; k < w->k; k += block) {
+        const float *values = gather ? pick(x, gather + k, block, picked) : x + k;
+        if (precision == EXACT) {
+            put_words(values, block, rows, words + k * rows);
             continue;
         }
-        int16_t *out = (int16_t *)row + b * block;
-        for (int64_t i = 0; i < block; i += 8)
-            for (int j = 0; j < 4; j++) {
-                out[i + j] = (int16_t)q[i + 2 * j];
-                out[i + 4 + j] = (int16_t)q[i + 2 * j + 1];
-            }
+        float scale = quantize_block(values, block, precision == FAST ? 127.0f : 32767.0f, q);
+        int32_t total = 0;
+        for (int64_t i = 0; i < block; i++) total += q[i];
+        if (precision == FAST)
+            put_int8(q, block, rows, words + k / 4 * rows);
+        else
+            put_int16(q, block, rows, words + k / 2 * rows);
+        float *sum = sums + k / w->group * rows;
+        *sum = fmaf((float)total, scale, k % w->group ? *sum : 0.0f);
+        scales[k / block * rows] = scale;
     }
 }

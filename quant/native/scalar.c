@@ -16,54 +16,50 @@ static int code(const kern_weight *w, int64_t tile, int64_t k, int c) {
     return k % 8 < 4 ? byte & 15 : byte >> 4;
 }
 
-static int zero(const kern_weight *w, int64_t place) {
-    return w->zeros[w->one_zero ? 0 : place];
-}
+static int zero(const kern_weight *w, int64_t place) { return w->zeros[w->one_zero ? 0 : place]; }
 
 /* Where the scale of output c of a tile stands for the group of input k. */
 static int64_t place(const kern_weight *w, int64_t tile, int64_t k, int c) {
     return (tile * (w->k / w->group) + k / w->group) * TILE + c;
 }
 
-/* The integer of input k in a row of `x`. */
-static int32_t activation(int precision, const kern_input *x, int64_t row, int64_t k) {
-    if (precision == FAST) return ((const int8_t *)x->rows)[row * x->ld + k];
-    return ((const int16_t *)x->rows)[row * x->ld + k / 8 * 8 + k % 2 * 4 + k % 8 / 2];
+/* The integer of input k in row r of a block. */
+static int32_t activation(int precision, const uint32_t *words, int rows, int r, int64_t k) {
+    if (precision == FAST) return ((const int8_t *)(words + k / 4 * rows + r))[k % 4];
+    int64_t place = k / 8 * 8 + k % 2 * 4 + k % 8 / 2;
+    return ((const int16_t *)(words + place / 2 * rows + r))[place % 2];
 }
 
-/* One block: exact integers. */
-static int32_t block_dot(int precision, const kern_weight *w, int64_t tile, const kern_input *x,
-                         int64_t row, int64_t start, int c) {
-    int64_t dot = 0;
-    int z = zero(w, place(w, tile, start, c));
-    for (int64_t k = start; k < start + x->block; k++)
-        dot += (int64_t)(code(w, tile, k, c) - z) * activation(precision, x, row, k);
-    return (int32_t)dot;
-}
-
-static float integer_output(int precision, const kern_weight *w, int64_t tile, const kern_input *x,
-                            int64_t row, int c) {
+static float integer_output(int precision, int rows, const kern_weight *w, int64_t tile,
+                            const kern_input *x, int64_t row, int r, int c) {
+    const uint32_t *words = x->words + row * w->k / (precision == FAST ? 4 : 2);
+    const float *scales = x->scales + row * (w->k / x->block) + r;
+    const float *sums = x->sums + row * (w->k / w->group) + r;
     float total = 0;
-    for (int64_t start = 0; start < w->k; start += w->group) {
+    for (int64_t start = 0; start < w->k; start += w->group, sums += rows) {
         float part = 0;
-        for (int64_t k = start; k < start + w->group; k += x->block) {
-            float dot = (float)block_dot(precision, w, tile, x, row, k, c);
-            part = fmaf(dot, x->scales[row * (w->k / x->block) + k / x->block], part);
+        for (int64_t k = start; k < start + w->group; scales += rows) {
+            int32_t dot = 0;
+            for (int64_t end = k + x->block; k < end; k++)
+                dot += code(w, tile, k, c) * activation(precision, words, rows, r, k);
+            part = fmaf((float)dot, *scales, part);
         }
-        total = fmaf(part, half_to_float(w->scales[place(w, tile, start, c)]), total);
+        int64_t p = place(w, tile, start, c);
+        part = fmaf(-(float)zero(w, p), *sums, part);
+        total = fmaf(part, half_to_float(w->scales[p]), total);
     }
     return total;
 }
 
-static float exact_output(const kern_weight *w, int64_t tile, const kern_input *x, int64_t row,
-                          int c) {
-    const float *values = (const float *)x->rows + row * x->ld;
+static float exact_output(int rows, const kern_weight *w, int64_t tile, const kern_input *x,
+                          int64_t row, int r, int c) {
+    const float *values = (const float *)x->words + row * w->k + r;
     float total = 0;
     for (int64_t start = 0; start < w->k; start += w->group) {
         float part = 0;
         int z = zero(w, place(w, tile, start, c));
         for (int64_t k = start; k < start + w->group; k++)
-            part += (float)(code(w, tile, k, c) - z) * values[k];
+            part += (float)(code(w, tile, k, c) - z) * values[k * rows];
         total += part * half_to_float(w->scales[place(w, tile, start, c)]);
     }
     return total;
@@ -74,24 +70,24 @@ static void tile_rows(int precision, int rows, const kern_weight *w, int64_t til
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < TILE; c++)
             out[r * TILE + c] = precision == EXACT
-                                    ? exact_output(w, tile, x, row + r, c)
-                                    : integer_output(precision, w, tile, x, row + r, c);
+                                    ? exact_output(rows, w, tile, x, row, r, c)
+                                    : integer_output(precision, rows, w, tile, x, row, r, c);
 }
 
-static void panel(const kern_weight *w, int64_t tile, int64_t start, int64_t end, float *out) {
-    for (int64_t k = start; k < end; k++)
+static void panel(const kern_weight *w, int64_t tile, int64_t start, int64_t end, int width,
+                  float *out) {
+    for (int64_t k = start; k < end; k++, out += width)
         for (int c = 0; c < TILE; c++) {
             int64_t p = place(w, tile, k, c);
-            *out++ = half_to_float(w->scales[p]) * (float)(code(w, tile, k, c) - zero(w, p));
+            out[c] = half_to_float(w->scales[p]) * (float)(code(w, tile, k, c) - zero(w, p));
         }
 }
 
-static void multiply(int rows, const float *x, int64_t ld, const float *panel, int64_t count,
-                     float *out) {
-    for (int r = 0; r < rows; r++)
-        for (int64_t k = 0; k < count; k++)
+static void multiply(int rows, const float *x, const float *panel, int64_t count, float *out) {
+    for (int64_t k = 0; k < count; k++)
+        for (int r = 0; r < rows; r++)
             for (int c = 0; c < TILE; c++)
-                out[r * TILE + c] += x[r * ld + k] * panel[k * TILE + c];
+                out[r * TILE + c] += x[k * rows + r] * panel[k * TILE + c];
 }
 
-const kern_isa kern_scalar = {"scalar", {1, 1, 1}, 4, quantize_row, tile_rows, panel, multiply};
+const kern_isa kern_scalar = {"scalar", {4, 4, 4}, 4, 1, prepare_row, tile_rows, panel, multiply};

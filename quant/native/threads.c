@@ -1,6 +1,7 @@
 /* Threads: torch's own pool, borrowed through a function pointer, so that two pools never compete
  * for the cores and nothing is linked. Without it, threads are started for each call; so they are
- * in a child after fork(), where the pool's threads do not exist and waiting for them would hang. */
+ * in a child after fork(), where the pool's threads do not exist and waiting for them would hang.
+ */
 #include "kern.h"
 
 #include <stddef.h>

@@ -8,7 +8,9 @@
 #define TILE_ROWS_FAST 4
 #define TILE_ROWS_EXACT 4
 #define PANEL_ROWS 6
+#define PANEL_TILES 1
 #define CASES_FAST CASES4
+#define CASES_EXACT CASES4
 #define CASES_PANEL(call) CASES4(call) CASE(5, call) CASE(6, call)
 #define OP static inline __attribute__((always_inline))
 /* Without it gcc hoists the products of a whole block and spills every accumulator. */
@@ -19,7 +21,6 @@ typedef __m256 vf;
 
 OP void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 OP vi load(const void *p) { return _mm256_loadu_si256((const vi *)p); }
-OP vi set1_i(int32_t x) { return _mm256_set1_epi32(x); }
 OP vf set1_f(float x) { return _mm256_set1_ps(x); }
 OP vi zero_i(void) { return _mm256_setzero_si256(); }
 OP vf zero_f(void) { return _mm256_setzero_ps(); }
@@ -32,8 +33,7 @@ OP vi pairs(vi raw, int s) {
 OP vi byte_pairs(vi raw, int s) {
     return s ? _mm256_srli_epi16(raw, 8) : _mm256_and_si256(raw, _mm256_set1_epi16(255));
 }
-OP vi sub_i(vi a, vi b) { return _mm256_sub_epi32(a, b); }
-OP vi mul_i(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
+OP vi add_i(vi a, vi b) { return _mm256_add_epi32(a, b); }
 OP vf to_f(vi a) { return _mm256_cvtepi32_ps(a); }
 OP vf fma_f(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 OP vf add_f(vf a, vf b) { return _mm256_add_ps(a, b); }
@@ -51,11 +51,8 @@ OP vf nibble(vi raw, int i) {
 OP vf byte(vi raw, int i) {
     return to_f(_mm256_and_si256(_mm256_srli_epi32(raw, 8 * i), _mm256_set1_epi32(255)));
 }
-OP vi words(const void *p) {
-    int32_t word;
-    memcpy(&word, p, 4);
-    return _mm256_set1_epi32(word);
-}
+OP vi word(const uint32_t *p) { return _mm256_set1_epi32((int32_t)*p); }
+OP vf value(const float *p) { return set1_f(*p); }
 
 #ifdef WITH_VNNI
 OP v8 dot8(v8 acc, vi w, vi a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
