@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from quant.commands import COMMANDS
+from quant.distributed import print_error
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -29,10 +30,10 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except (ValueError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print_error(f"error: {' '.join(str(error).split())}")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            print("interrupted; nothing was written under the final name", file=sys.stderr)
+            print_error("interrupted; nothing was written under the final name")
             raise typer.Exit(130) from None
 
     return wrapped

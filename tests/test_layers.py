@@ -16,7 +16,8 @@ LAYERS = [
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.grid", "quant.packing", "quant.checkpoint", "quant.checkpoint_writer"]
     + ["quant.output", "quant.geometry"],
-    ["quant.config", "quant.llama", "quant.native", "calib"],
+    ["quant.config", "quant.llama", "quant.native", "quant.distributed", "calib"],
+    ["quant.watch"],
 ]
 
 

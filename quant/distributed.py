@@ -1,0 +1,149 @@
+"""Many processes quantize one model: the only importer of torch.distributed.
+
+    torchrun --nproc-per-node 2 cli.py quantize ...
+
+    calibration windows   each process has its share and advances their hidden states alone
+    Hessians              sums over tokens, so they add: sum_()
+    rows of a solve       independent given the Hessian: each process solves its share,
+                          and gather_rows() gives all of them the codes
+    disk and screen       rank 0 alone
+
+Every process factors every Hessian: they would only wait for the one that did, and the factor need
+not be sent. On one process each function here is the identity, and torch.distributed is not loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from quant.watch import Watch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SLAB_BYTES = 1 << 26  # what sum_ sends at a time: its buffers stay small beside a Hessian
+_TIMEOUT = timedelta(hours=2)  # of one collective; the watch sees dead processes long before
+_watch: Watch | None = None
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the processes that torchrun started; nothing happens where it did not.
+
+    Raises:
+        ConnectionError: the processes do not find one another.
+    """
+    global _watch
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _watch is not None:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    try:
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
+        _watch = Watch(store, rank, world)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group(timeout=_TIMEOUT, rank=rank, world_size=world, store=store)
+    except (RuntimeError, ValueError) as error:
+        raise ConnectionError(f"the processes do not find one another ({error})") from error
+    _watch.start()
+    with open(os.devnull, "w") as nowhere:
+        if rank:
+            sys.stdout = sys.stderr = nowhere
+        try:
+            yield
+            _collective(dist.barrier)  # rank 0 may still be writing
+            _watch.stop()
+            dist.destroy_process_group()
+        finally:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+
+
+def print_error(line: str) -> None:
+    """Print a line that ends the run on stderr; of many processes, the first to fail does so."""
+    if _watch is None or _watch.claim():
+        print(line, file=sys.__stderr__ if _watch else sys.stderr, flush=True)
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return _group().get_rank() if world_size() > 1 else 0
+
+
+def world_size() -> int:
+    """How many processes work on this model."""
+    dist = sys.modules.get("torch.distributed")
+    return dist.get_world_size() if dist and dist.is_available() and dist.is_initialized() else 1
+
+
+def share(count: int) -> slice:
+    """This process's part of `count` windows or rows: consecutive, equal but for the last ones."""
+    size = -(-count // world_size())
+    start = min(rank() * size, count)
+    return slice(start, min(start + size, count))
+
+
+def sum_(tensor: Tensor) -> None:
+    """Replace a contiguous tensor by its sum over processes, added in the order of ranks.
+
+    Process r receives everybody's r-th piece, adds them up, and sends the sum to all: as little
+    traffic as any all-reduce, every process gets the same bits, and so does the next run.
+    """
+    import torch
+
+    world = world_size()
+    if world == 1:
+        return
+    for slab in tensor.view(-1).split(_SLAB_BYTES // tensor.element_size()):
+        pieces = slab.new_zeros(world, -(-len(slab) // world))
+        pieces.view(-1)[: len(slab)] = slab
+        received = torch.empty_like(pieces)  # row r: this process's piece, as rank r has it
+        _collective(_group().all_to_all_single, received, pieces)
+        total = received[0].clone()
+        for part in received[1:]:
+            total += part
+        _collective(_group().all_gather, list(pieces), total)
+        slab.copy_(pieces.view(-1)[: len(slab)])
+
+
+def gather_rows(part: Tensor, count: int) -> Tensor:
+    """All `count` rows of a tensor of which each process has its share(count), on every process."""
+    world = world_size()
+    if world == 1:
+        return part
+    size = -(-count // world)
+    padded = part.new_zeros(size, *part.shape[1:])
+    padded[: len(part)] = part
+    rows = part.new_empty(world * size, *part.shape[1:])
+    _collective(_group().all_gather, list(rows.split(size)), padded)
+    return rows[:count]
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What `make` returns on rank 0, on every process; it is called there alone."""
+    if world_size() == 1:
+        return make()
+    holder = [make() if rank() == 0 else None]
+    _collective(_group().broadcast_object_list, holder)
+    return holder[0]
+
+
+def _group() -> Any:
+    """torch.distributed; callers have seen that a group exists."""
+    return sys.modules["torch.distributed"]
+
+
+def _collective(operation: Callable[..., Any], *args: Any) -> None:
+    """Run a collective operation; says which process has stopped if it fails."""
+    try:
+        operation(*args)
+    except RuntimeError as error:
+        reason = _watch.diagnose() if _watch else str(error).splitlines()[0]
+        raise ConnectionError(reason) from error

@@ -1,0 +1,167 @@
+"""pytest tests/test_distributed.py: several processes on this machine, joined as torchrun does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from quant import distributed
+
+ROOT = Path(__file__).parents[1]
+SETUP = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from cli import one_line_errors
+from quant import distributed, watch
+"""
+
+
+def start(body: str, world: int, folder: Path) -> list[subprocess.Popen[str]]:
+    """`world` processes that run `body` as a command; they find `rank` and `folder` there."""
+    script = folder / "script.py"
+    indented = textwrap.indent(textwrap.dedent(body), "    ")
+    script.write_text(
+        f"{SETUP}folder = Path({str(folder)!r})\n"
+        f"@one_line_errors\n@distributed.joined()\ndef command():\n"
+        f"    rank = distributed.rank()\n{indented}\n"
+        "import typer\ntry:\n    command()\n"
+        "except typer.Exit as end:\n    sys.exit(end.exit_code)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1}
+    processes = []
+    for rank in range(world):
+        settings = {**common, "RANK": rank, "LOCAL_RANK": rank}
+        environment = {**os.environ, **{key: str(value) for key, value in settings.items()}}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(script)], env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each."""
+    outputs = [process.communicate(timeout=60) for process in processes]
+    return [(p.returncode, out, err) for p, (out, err) in zip(processes, outputs, strict=True)]
+
+
+def test_one_process_is_the_identity() -> None:
+    tensor = torch.randn(5, 3)
+    before = tensor.clone()
+    distributed.sum_(tensor)
+    assert torch.equal(tensor, before)
+    assert distributed.gather_rows(tensor, 5) is tensor
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.share(7) == slice(0, 7)
+    assert distributed.from_first(lambda: "made") == "made"
+
+
+def test_importing_does_not_load_torch() -> None:
+    code = "import sys, quant.distributed; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_three_processes(tmp_path: Path) -> None:
+    """The sum is the one in the order of ranks, bit for bit, and everybody has it; rows come back
+    in their order; rank 0 alone makes and prints.
+    """
+    body = """
+    distributed._SLAB_BYTES = 400  # several slabs, of a length that 3 does not divide
+    tensor = torch.randn(37, 11, generator=torch.Generator().manual_seed(rank))
+    distributed.sum_(tensor)
+    tokens = torch.tensor([rank + 1])
+    distributed.sum_(tokens)
+    everything = torch.arange(70, dtype=torch.uint8).view(7, 10)
+    rows = distributed.gather_rows(everything[distributed.share(7)], 7)
+    few = distributed.gather_rows(everything[:1][distributed.share(1)], 1)
+    made = distributed.from_first(lambda: f"by {rank}")
+    print("printed by", rank)
+    torch.save([tensor, tokens, rows, few, made], folder / f"{rank}.pt")
+    """
+    results = finish(start(body, 3, tmp_path))
+    assert [code for code, _, _ in results] == [0, 0, 0], results
+    assert [out for _, out, _ in results] == ["printed by 0\n", "", ""]
+    parts = [torch.randn(37, 11, generator=torch.Generator().manual_seed(r)) for r in range(3)]
+    expected = parts[0] + parts[1] + parts[2]
+    assert not torch.equal(expected, parts[2] + parts[1] + parts[0])  # the order does show
+    everything = torch.arange(70, dtype=torch.uint8).view(7, 10)
+    for rank in range(3):
+        tensor, tokens, rows, few, made = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(tensor, expected)
+        assert tokens.tolist() == [6]
+        assert torch.equal(rows, everything) and torch.equal(few, everything[:1])
+        assert made == "by 0"
+
+
+@pytest.mark.parametrize("faulty", ["rank == 1", "True"])
+def test_an_error_is_printed_once(faulty: str, tmp_path: Path) -> None:
+    """Whether one process finds the error or all do: one line, and exit code 2 everywhere."""
+    body = f"""
+    watch.BEAT_S = 0.2
+    if {faulty}:
+        raise ValueError("windows.txt: is empty")
+    distributed.from_first(lambda: time.sleep(0.1))
+    distributed.sum_(torch.ones(3))
+    """
+    results = finish(start(body, 2, tmp_path))
+    assert [code for code, _, _ in results] == [2, 2]
+    assert "".join(err for _, _, err in results) == "error: windows.txt: is empty\n"
+
+
+@pytest.mark.parametrize(
+    "blow, work", [("SIGKILL", "distributed.sum_(torch.ones(3))"), ("SIGSTOP", "time.sleep(100)")]
+)
+def test_a_dead_process_ends_the_others(blow: str, work: str, tmp_path: Path) -> None:
+    """Killed while the other waits for it, or hanging while the other works: that one names it and
+    ends.
+    """
+    body = f"""
+    watch.LIMIT_S, watch.BEAT_S = 3, 0.2
+    if rank == 1:
+        os.kill(os.getpid(), signal.{blow})
+    {work}
+    """
+    survivor, victim = start(body, 2, tmp_path)
+    (result,) = finish([survivor])
+    victim.kill()
+    victim.communicate()
+    code, _, err = result
+    assert code == 2
+    assert err == (
+        f"error: process 1 (pid {victim.pid} on {socket.gethostname()}) of 2 stopped; finished "
+        "layers are kept: start again with --resume\n"
+    )
+
+
+def test_sigterm_ends_all_with_one_line(tmp_path: Path) -> None:
+    body = """
+    watch.BEAT_S = 0.2
+    (folder / f"ready-{rank}").touch()
+    time.sleep(100)
+    """
+    processes = start(body, 2, tmp_path)
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    results = finish(processes)
+    assert [code for code, _, _ in results] == [2, 2]
+    lines = "".join(err for _, _, err in results)
+    assert lines.startswith("error: the run was ended from outside") and lines.count("\n") == 1
