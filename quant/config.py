@@ -30,7 +30,8 @@ class QuantConfig:
             raise ValueError(
                 f"bits {self.bits} is not supported; choose one of {', '.join(map(str, BITS))}"
             )
-        if self.group_size != -1 and (self.group_size <= 0 or self.group_size % 32):
+        size = self.group_size
+        if not isinstance(size, int) or (size != -1 and (size <= 0 or size % 32)):
             raise ValueError(
                 f"group_size {self.group_size} is not supported; choose a multiple of 32, or -1 "
                 "for rows"

@@ -41,10 +41,12 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """(count * bits / 32, N) int32 words -> (count, N) uint8 codes.
 
     Raises:
-        ValueError: the number of words is not that of `count` codes.
+        ValueError: the number of words is not that of `count` codes, a multiple of 32.
     """
-    if words.shape[0] * 32 != count * bits:
-        raise ValueError(f"{words.shape[0]} words of {bits}-bit codes do not hold {count} codes")
+    if words.shape[0] * 32 != count * bits or count % 32 or words.dtype != torch.int32:
+        raise ValueError(
+            f"{words.shape[0]} {words.dtype} words do not hold {count} codes of {bits} bits"
+        )
     runs = words.reshape(count // 32, bits, -1)
     mask = 2**bits - 1
     codes = torch.empty(count // 32, 32, runs.shape[-1], dtype=torch.uint8, device=words.device)

@@ -35,7 +35,7 @@ def read_all(folder: Path, form: str = "autogptq") -> dict[str, Any]:
     return dict(FORMATS[form].read(CheckpointReader(folder)))
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [name for name in FORMATS if hasattr(FORMATS[name], "Writer")])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_round_trip_is_exact(tmp_path: Path, form: str, bits: int, symmetric: bool) -> None:
@@ -135,7 +135,7 @@ def test_shuffled_groups_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        ({**V1, "quant_method": "awq"}, "quantization method 'awq' is not supported"),
+        ({**V1, "quant_method": "hqq"}, "quantization method 'hqq' is not supported"),
         ({"group_size": 32}, "name no bits"),
         ({}, "has quantization settings"),
         ({**V1, "bits": 5}, "bits 5 is not supported"),

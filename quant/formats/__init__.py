@@ -1,12 +1,16 @@
-"""On-disk formats, one file each: `Writer`, `matches(reader)`, `read(reader)`.
+"""On-disk formats, one file each: `matches(reader)`, `read(reader)`, and `Writer` where we write it.
 
-Only these files know a layout's quirks. To add one: copy `autogptq.py`, add a line here.
+Only these files know a layout's quirks. To add one: copy `awq.py`, add a line here.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from quant.formats import autogptq
+from quant.formats import autogptq, awq, compressed_tensors
 
-FORMATS: dict[str, ModuleType] = {"autogptq": autogptq}
+FORMATS: dict[str, ModuleType] = {
+    "autogptq": autogptq,
+    "compressed-tensors": compressed_tensors,
+    "awq": awq,
+}

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.checkpoint import CheckpointReader, module_names, read_json
+from quant.checkpoint import CheckpointReader, module_names
 from quant.checkpoint_writer import CheckpointWriter
 from quant.config import QuantConfig
-from quant.grid import Grid, QuantizedTensor
+from quant.formats.reading import assemble, method, stored_settings
+from quant.grid import QuantizedTensor
 from quant.packing import pack, unpack
 
 _SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
@@ -88,28 +89,26 @@ class Writer:
 
 
 def matches(reader: CheckpointReader) -> bool:
-    """Whether the checkpoint holds packed GPTQ weights."""
-    return any(name.endswith(".qweight") for name in reader.names())
+    """Whether the checkpoint holds packed weights, other than those of AWQ."""
+    packed = any(name.endswith(".qweight") for name in reader.names())
+    return packed and method(reader) != "awq"
 
 
 def stored_config(reader: CheckpointReader) -> dict[str, Any]:
-    """The quantization settings, from quantize_config.json or config.json.
+    """The quantization settings, from config.json or quantize_config.json.
 
     Raises:
         ValueError: neither has them, or they are of another method.
     """
-    file = reader.path / "quantize_config.json"
-    stored = reader.config.get("quantization_config") or (
-        read_json(file) if file.is_file() else None
-    )
+    stored = stored_settings(reader)
     if not stored:
         raise ValueError(
             f"{reader.path}: neither config.json nor quantize_config.json has quantization settings"
         )
-    method = stored.get("quant_method") or stored.get("method") or "gptq"
-    if method != "gptq":
+    if method(reader) != "gptq":
         raise ValueError(
-            f"{reader.path}: quantization method {method!r} is not supported; supported is 'gptq'"
+            f"{reader.path}: quantization method {method(reader)!r} is not supported; supported is "
+            "'gptq'"
         )
     return stored
 
@@ -144,26 +143,24 @@ def _read_one(
 ) -> QuantizedTensor:
     """One linear, with its zeros brought to the meaning of quant.grid."""
     words, scales = reader.tensor(f"{module}.qweight"), reader.tensor(f"{module}.scales")
-    groups, out_features = scales.shape
-    in_features = words.shape[0] * 32 // config.bits
+    zero_words, bits = reader.tensor(f"{module}.qzeros"), config.bits
+    if not words.dim() == scales.dim() == zero_words.dim() == 2:
+        raise ValueError(f"{module}: qweight, scales and qzeros are not all matrices")
+    out_features, in_features = scales.shape[1], words.shape[0] * 32 // bits
     if words.shape[1] != out_features:
         raise ValueError(
             f"{module}: qweight has {words.shape[1]} outputs, scales {out_features}; one is damaged"
         )
-    codes = unpack(words, config.bits, in_features).T.contiguous()
-    zeros = unpack(reader.tensor(f"{module}.qzeros").T, config.bits, out_features)  # (N, G)
-    half = 2 ** (config.bits - 1)
+    codes = unpack(words, bits, in_features).T.contiguous()
+    zeros = unpack(zero_words.T, bits, out_features)  # (N, G)
+    half = 2 ** (bits - 1)
     already_true = config.symmetric and bool(
         (zeros == half).all()
     )  # written as version 2, labelled 1
     if version_1 and not already_true:
         zeros = zeros + 1
-    grid = Grid(scales.T.float().contiguous(), zeros.contiguous(), config.bits)
     index = reader.tensor(f"{module}.g_idx") if f"{module}.g_idx" in reader else None
-    consecutive = torch.arange(in_features) // -(-in_features // groups)
-    if index is not None and not torch.equal(index.long(), consecutive):
-        return QuantizedTensor(codes, grid, index)
-    return QuantizedTensor(codes, grid)
+    return assemble(module, codes, scales.T, zeros, bits, index)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
