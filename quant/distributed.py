@@ -6,7 +6,8 @@
     Hessians              sums over tokens, so they add: sum_()
     rows of a solve       independent given the Hessian: each process solves its share,
                           and gather_rows() gives all of them the codes
-    disk and screen       rank 0 alone
+    disk and screen       rank 0 alone; collect() and deal() bring it the hidden states to save,
+                          and hand out those that were saved
 
 Every process factors every Hessian: they would only wait for the one that did, and the factor need
 not be sent. On one process each function here is the identity, and torch.distributed is not loaded.
@@ -16,9 +17,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from quant.watch import Watch
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 _SLAB_BYTES = 1 << 26  # what sum_ sends at a time: its buffers stay small beside a Hessian
 _TIMEOUT = timedelta(hours=2)  # of one collective; the watch sees dead processes long before
 _watch: Watch | None = None
+_background: Any = None  # a group of its own for what a thread sends beside the work
 
 
 @contextmanager
@@ -38,7 +41,7 @@ def joined() -> Iterator[None]:
     Raises:
         ConnectionError: the processes do not find one another.
     """
-    global _watch
+    global _watch, _background
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _watch is not None:
         yield
         return
@@ -51,6 +54,7 @@ def joined() -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group(timeout=_TIMEOUT, rank=rank, world_size=world, store=store)
+        _background = dist.new_group(timeout=_TIMEOUT, backend="gloo")
     except (RuntimeError, ValueError) as error:
         raise ConnectionError(f"the processes do not find one another ({error})") from error
     _watch.start()
@@ -83,10 +87,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist and dist.is_available() and dist.is_initialized() else 1
 
 
-def share(count: int) -> slice:
-    """This process's part of `count` windows or rows: consecutive, equal but for the last ones."""
+def share(count: int, of: int | None = None) -> slice:
+    """A process's part of `count` windows or rows: consecutive, equal but for the last ones.
+
+    Args:
+        of: the rank of the process; this one by default.
+    """
     size = -(-count // world_size())
-    start = min(rank() * size, count)
+    start = min((rank() if of is None else of) * size, count)
     return slice(start, min(start + size, count))
 
 
@@ -133,6 +141,45 @@ def from_first(make: Callable[[], Any]) -> Any:
     holder = [make() if rank() == 0 else None]
     _collective(_group().broadcast_object_list, holder)
     return holder[0]
+
+
+def collect(chunks: Iterable[memoryview], count: int, size: int) -> Iterator[memoryview]:
+    """All `count` chunks of `size` bytes, in order, on rank 0, and none elsewhere.
+
+    May run in a thread beside other operations. Another process must exhaust it, too: it sends.
+
+    Args:
+        chunks: this process's share(count) of them.
+    """
+    import torch
+
+    if rank() == 0:
+        yield from chunks
+        for source in range(1, world_size()):
+            buffer = torch.empty(size, dtype=torch.uint8)
+            for _ in range(count)[share(count, source)]:
+                _collective(_group().recv, buffer, source, _background)
+                yield buffer.numpy().data
+        return
+    for chunk in chunks:
+        _collective(_group().send, torch.frombuffer(chunk, dtype=torch.uint8), 0, _background)
+
+
+def deal(chunks: Iterator[bytearray], count: int, size: int) -> Iterator[bytearray]:
+    """The other way: this process's share(count) of the chunks that rank 0 has."""
+    import torch
+
+    if rank() == 0:
+        yield from islice(chunks, len(range(count)[share(count)]))
+        for target in range(1, world_size()):
+            for chunk in islice(chunks, len(range(count)[share(count, target)])):
+                buffer = torch.frombuffer(chunk, dtype=torch.uint8)
+                _collective(_group().send, buffer, target, _background)
+        return
+    for _ in range(count)[share(count)]:
+        raw = bytearray(size)
+        _collective(_group().recv, torch.frombuffer(raw, dtype=torch.uint8), 0, _background)
+        yield raw
 
 
 def _group() -> Any:

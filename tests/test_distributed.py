@@ -18,7 +18,7 @@ from quant import distributed
 
 ROOT = Path(__file__).parents[1]
 SETUP = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from pathlib import Path
 import torch
 from cli import one_line_errors
@@ -70,6 +70,9 @@ def test_one_process_is_the_identity() -> None:
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
     assert distributed.share(7) == slice(0, 7)
     assert distributed.from_first(lambda: "made") == "made"
+    chunks = [bytearray(b"ab"), bytearray(b"cd")]
+    assert list(distributed.collect(map(memoryview, chunks), 2, 2)) == chunks
+    assert list(distributed.deal(iter(chunks), 2, 2)) == chunks
 
 
 def test_importing_does_not_load_torch() -> None:
@@ -92,7 +95,20 @@ def test_three_processes(tmp_path: Path) -> None:
     few = distributed.gather_rows(everything[:1][distributed.share(1)], 1)
     made = distributed.from_first(lambda: f"by {rank}")
     print("printed by", rank)
-    torch.save([tensor, tokens, rows, few, made], folder / f"{rank}.pt")
+
+    kept = [memoryview(everything[i].numpy()) for i in range(7)]
+    collected = []
+    thread = threading.Thread(
+        target=lambda: collected.extend(
+            map(bytes, distributed.collect(kept[distributed.share(7)], 7, 10))
+        )
+    )
+    thread.start()  # beside other operations
+    for _ in range(50):
+        distributed.sum_(torch.ones(10))
+    thread.join()
+    dealt = [bytes(raw) for raw in distributed.deal(iter(map(bytearray, collected)), 7, 10)]
+    torch.save([tensor, tokens, rows, few, made, collected, dealt], folder / f"{rank}.pt")
     """
     results = finish(start(body, 3, tmp_path))
     assert [code for code, _, _ in results] == [0, 0, 0], results
@@ -102,11 +118,14 @@ def test_three_processes(tmp_path: Path) -> None:
     assert not torch.equal(expected, parts[2] + parts[1] + parts[0])  # the order does show
     everything = torch.arange(70, dtype=torch.uint8).view(7, 10)
     for rank in range(3):
-        tensor, tokens, rows, few, made = torch.load(tmp_path / f"{rank}.pt")
+        tensor, tokens, rows, few, made, collected, dealt = torch.load(tmp_path / f"{rank}.pt")
         assert torch.equal(tensor, expected)
         assert tokens.tolist() == [6]
         assert torch.equal(rows, everything) and torch.equal(few, everything[:1])
         assert made == "by 0"
+        chunks = [bytes(row.tolist()) for row in everything]
+        assert collected == (chunks if rank == 0 else [])
+        assert dealt == chunks[[slice(0, 3), slice(3, 6), slice(6, 7)][rank]]
 
 
 @pytest.mark.parametrize("faulty", ["rank == 1", "True"])
