@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from quant.commands.bench import bench_decode, bench_kernels
 from quant.commands.evaluate import evaluate
+from quant.commands.export import export
 from quant.commands.generate import generate
 from quant.commands.inspect import inspect
 from quant.commands.quantize import quantize
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "eval": evaluate,
     "generate": generate,
+    "export": export,
     "inspect": inspect,
     "bench kernels": bench_kernels,
     "bench decode": bench_decode,

@@ -29,6 +29,7 @@ from quant.config import QuantConfig
 from quant.formats.reading import assemble, method, stored_settings
 from quant.grid import QuantizedTensor
 from quant.packing import pack, unpack
+from quant.stream_writer import StreamWriter
 
 _SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 
@@ -38,21 +39,38 @@ class Writer:
 
     Args:
         folder: where to write; made by the caller.
-        config: what is stored; decides the version.
+        config: what is stored.
         settings: the solver's settings; `damp` is repeated in the file for information.
+        shards: where tensors go; a CheckpointWriter of the folder if not given.
+        version: 1 or 2; if not given, 1 for symmetric grids and 2 for others.
     """
 
-    def __init__(self, folder: Path, config: QuantConfig, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: QuantConfig,
+        settings: dict[str, Any],
+        shards: CheckpointWriter | StreamWriter | None = None,
+        version: int | None = None,
+    ) -> None:
         self.folder, self.config, self.settings = folder, config, settings
-        self._shards = CheckpointWriter(folder)
+        self.version = version or (1 if config.symmetric else 2)
+        self._shards = shards or CheckpointWriter(folder)
+        self._any_shuffled = False
 
     def add_quantized(self, name: str, qt: QuantizedTensor) -> None:
-        """Write the linear called `name` (without ".weight")."""
+        """Write the linear called `name` (without ".weight").
+
+        Raises:
+            ValueError: this version or layout cannot hold the tensor.
+        """
+        _refuse_what_would_wrap(name, qt, self.version)
         groups = qt.grid.scales.shape[1]
         index = qt.group_index
+        self._any_shuffled |= index is not None
         if index is None:
             index = torch.arange(qt.in_features) // (qt.in_features // groups)
-        stored_zeros = qt.grid.zeros - (1 if self.config.symmetric else 0)
+        stored_zeros = qt.grid.zeros - (1 if self.version == 1 else 0)
         self._shards.add(f"{name}.qweight", pack(qt.codes.T.cpu(), qt.bits))
         self._shards.add(f"{name}.qzeros", pack(stored_zeros.cpu(), qt.bits).T)
         self._shards.add(f"{name}.scales", qt.grid.scales.T.to(torch.float16))
@@ -73,10 +91,10 @@ class Writer:
             "quant_method": "gptq",
             "bits": self.config.bits,
             "group_size": self.config.group_size,
-            "desc_act": False,
+            "desc_act": self._any_shuffled,
             "sym": self.config.symmetric,
             "lm_head": False,
-            "checkpoint_format": "gptq" if self.config.symmetric else "gptq_v2",
+            "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
             "damp_percent": self.settings.get("damp", 0.01),
             "true_sequential": True,
             "static_groups": True,
@@ -86,6 +104,23 @@ class Writer:
         config = {**model_config, "pretraining_tp": 1, "quantization_config": stored}
         _write_json(self.folder / "quantize_config.json", stored)
         _write_json(self.folder / "config.json", config)
+
+
+def _refuse_what_would_wrap(name: str, qt: QuantizedTensor, version: int) -> None:
+    """Raise ValueError if a stored zero, or the packing, does not fit."""
+    if qt.out_features % 32 or qt.in_features % 32:
+        raise ValueError(
+            f"{name}: shape ({qt.out_features}, {qt.in_features}) cannot be packed; the GPTQ "
+            "format needs multiples of 32"
+        )
+    low, high = (1, qt.grid.max_code + 1) if version == 1 else (0, qt.grid.max_code)
+    least, most = int(qt.grid.zeros.min()), int(qt.grid.zeros.max())
+    if least < low or most > high:
+        other = "gptq_v2" if version == 1 else "autogptq"
+        raise ValueError(
+            f"{name}: has a zero of {least if least < low else most}, but version {version} of the "
+            f"GPTQ format holds {low} to {high}; export to {other}"
+        )
 
 
 def matches(reader: CheckpointReader) -> bool:
@@ -151,7 +186,7 @@ def _read_one(
         raise ValueError(
             f"{module}: qweight has {words.shape[1]} outputs, scales {out_features}; one is damaged"
         )
-    codes = unpack(words, bits, in_features).T.contiguous()
+    codes = unpack(words, bits, in_features).T.contiguous()  # (N, K), without a copy
     zeros = unpack(zero_words.T, bits, out_features)  # (N, G)
     half = 2 ** (bits - 1)
     already_true = config.symmetric and bool(

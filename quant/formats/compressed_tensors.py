@@ -16,19 +16,125 @@ config.json under `quantization_config`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant.checkpoint import CheckpointReader, module_names
+from quant.checkpoint_writer import CheckpointWriter
 from quant.config import QuantConfig
 from quant.formats.reading import assemble, method, stored_settings, unpack_rows
 from quant.grid import QuantizedTensor
-from quant.packing import unpack
+from quant.packing import pack, pack_rows, unpack
+from quant.stream_writer import StreamWriter
 
 _SUFFIXES = ("packed", "scale", "zero_point", "shape", "g_idx")
+
+
+class Writer:
+    """Streams a quantized checkpoint into a folder; arguments as in formats.autogptq."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: QuantConfig,
+        settings: dict[str, Any],
+        shards: CheckpointWriter | StreamWriter | None = None,
+    ) -> None:
+        self.folder, self.config = folder, config
+        self._shards = shards or CheckpointWriter(folder)
+        self._plain_linears: list[str] = []
+
+    def add_quantized(self, name: str, qt: QuantizedTensor) -> None:
+        """Write the linear called `name` (without ".weight").
+
+        Raises:
+            ValueError: the format cannot hold the tensor.
+        """
+        _refuse(name, qt, self.config)
+        self._shards.add(f"{name}.weight_packed", pack_rows(qt.codes.cpu(), qt.bits))
+        self._shards.add(f"{name}.weight_scale", qt.grid.scales.to(torch.float16))
+        if not self.config.symmetric:
+            self._shards.add(f"{name}.weight_zero_point", pack(qt.grid.zeros.cpu(), qt.bits))
+        self._shards.add(f"{name}.weight_shape", torch.tensor(qt.codes.shape))
+
+    def add_plain(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that is not quantized, in its own dtype."""
+        module, _, kind = name.rpartition(".")
+        if tensor.ndim == 2 and kind == "weight" and not module.endswith("embed_tokens"):
+            self._plain_linears.append(module)
+        self._shards.add(name, tensor)
+
+    def flush(self) -> None:
+        """Put what was added so far on the disk."""
+        self._shards.flush()
+
+    def close(self, model_config: dict[str, Any]) -> None:
+        """Finish the shards and write config.json."""
+        self._shards.close()
+        plain = list(self._plain_linears)
+        if model_config.get("tie_word_embeddings") and "lm_head" not in plain:
+            plain.append("lm_head")
+        stored = _stored(self.config, plain)
+        config = {**model_config, "pretraining_tp": 1, "quantization_config": stored}
+        text = json.dumps(config, indent=1) + "\n"
+        (self.folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _refuse(name: str, qt: QuantizedTensor, config: QuantConfig) -> None:
+    """Raise ValueError if the format cannot hold the tensor."""
+    if qt.group_index is not None:
+        raise ValueError(
+            f"{name}: its groups are not consecutive inputs (desc_act), which compressed-tensors "
+            "no longer stores; export to gptq_v2 or float16"
+        )
+    if qt.out_features % 32 or qt.in_features % 32:
+        raise ValueError(
+            f"{name}: shape ({qt.out_features}, {qt.in_features}) cannot be packed; multiples of "
+            "32 can"
+        )
+    half = 2 ** (qt.bits - 1)
+    if config.symmetric and not bool((qt.grid.zeros == half).all()):
+        raise ValueError(
+            f"{name}: the checkpoint calls itself symmetric, but not every zero is {half}; "
+            "correct `sym` in its config"
+        )
+    if int(qt.grid.zeros.max()) > qt.grid.max_code:
+        raise ValueError(
+            f"{name}: has a zero of {int(qt.grid.zeros.max())}, but compressed-tensors holds 0 to "
+            f"{qt.grid.max_code}; export to autogptq"
+        )
+
+
+def _stored(config: QuantConfig, plain_linears: list[str]) -> dict[str, Any]:
+    """The object under `quantization_config`; readers refuse keys that they do not know."""
+    channel = config.group_size == -1
+    weights = {
+        "num_bits": config.bits,
+        "type": "int",
+        "symmetric": config.symmetric,
+        "strategy": "channel" if channel else "group",
+        "group_size": None if channel else config.group_size,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "block_structure": None,
+        "observer_kwargs": {},
+    }
+    group = {"targets": ["Linear"], "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": plain_linears,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "config_groups": {"group_0": {**group, "weights": weights}},
+    }
 
 
 def matches(reader: CheckpointReader) -> bool:
@@ -129,6 +235,6 @@ def _words(count: int, bits: int) -> tuple[int, int]:
 
 def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
     """(rows, W) words of either kind -> (rows, count) codes."""
-    if bits == 3 and words.shape[-1] == count * 3 // 32:
+    if words.shape[-1] * 32 == count * bits and count % 32 == 0:
         return unpack(words.T, bits, count).T.contiguous()
     return unpack_rows(words, bits, count)

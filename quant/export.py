@@ -1,0 +1,161 @@
+"""A checkpoint -> another format, one tensor in memory at a time.
+
+Codes, scales and zeros move as integers and float16 numbers and are never rounded again: where the
+target holds the grid the export is exact, where it does not the writer refuses, or says what it
+rounded. What is read comes from FORMATS, or is a float checkpoint; what can be written is TARGETS.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.checkpoint import CheckpointReader
+from quant.config import QuantConfig
+from quant.formats import FORMATS, autogptq, compressed_tensors, float_folder
+from quant.grid import QuantizedTensor
+from quant.llama.config import LlamaConfig
+from quant.output import whole_folder
+from quant.report import FILE_NAME as REPORT
+from quant.stream_writer import StreamWriter
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint: its reader, geometry, format (None for float) and stored grid."""
+
+    reader: CheckpointReader
+    llama: LlamaConfig
+    form: ModuleType | None
+    config: QuantConfig | None
+
+    @classmethod
+    def open(cls, path: Path) -> Source:
+        """Open a float or quantized checkpoint.
+
+        Raises:
+            ValueError: not a Llama checkpoint, or damaged.
+        """
+        reader = CheckpointReader(path)
+        form = next((form for form in FORMATS.values() if form.matches(reader)), None)
+        config = form.quant_config(reader) if form else None
+        return cls(reader, LlamaConfig.from_dict(reader.config), form, config)
+
+    def entries(self) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
+        """Every tensor by name, quantized ones by their module; the file is closed after each, or
+        the whole checkpoint would stay mapped.
+        """
+        reader = self.reader
+        plain = ((name, reader.tensor(name)) for name in reader.names())
+        skipped = {"lm_head.weight"} if self.llama.tie_word_embeddings else set()
+        for name, value in self.form.read(reader) if self.form else plain:
+            if name in skipped or name.endswith("rotary_emb.inv_freq"):  # repeats, or is computed
+                continue
+            yield name, value
+            reader.release()
+
+    def grid(self, target: str) -> QuantConfig:
+        """The stored grid.
+
+        Raises:
+            ValueError: the checkpoint is a float one.
+        """
+        if self.config is None:
+            raise ValueError(
+                f"{self.reader.path}: is not quantized, so there are no codes to move to {target}; "
+                "run: python cli.py quantize"
+            )
+        return self.config
+
+    def stream(self, folder: Path) -> StreamWriter:
+        """Shards in `folder`, with room for the names of at most five tensors per linear."""
+        return StreamWriter(folder, 50 * self.llama.num_hidden_layers + 4)
+
+    def settings(self) -> dict[str, Any]:
+        """The solver's settings, where the report of the run is still there."""
+        try:
+            return json.loads((self.reader.path / REPORT).read_text(encoding="utf-8"))["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did: bytes written, seconds, and a line on each thing that was not exact."""
+
+    size_bytes: int
+    seconds: float
+    notes: tuple[str, ...]
+
+
+def export(source: str | Path, target: str | Path, to: str, overwrite: bool = False) -> Exported:
+    """Write the checkpoint `source` as `target` in another format.
+
+    Args:
+        source: folder of a quantized or float checkpoint.
+        target: folder to make; it appears whole at the end, or not at all.
+        to: one of TARGETS.
+        overwrite: replace `target` if it exists.
+
+    Raises:
+        ValueError: the target cannot hold the grid of a tensor, which is named; no such target; or
+            `source` is damaged.
+        FileExistsError: `target` exists.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"cannot export to {to!r}; there are {', '.join(TARGETS)}")
+    start, opened = time.perf_counter(), Source.open(Path(source))
+    with whole_folder(Path(target), overwrite) as folder, torch.inference_mode():
+        writer = TARGETS[to](opened, folder)
+        for name, value in opened.entries():
+            if isinstance(value, QuantizedTensor):
+                writer.add_quantized(name, value)
+            else:
+                writer.add_plain(name, value)
+        writer.close(opened.reader.config)
+        opened.reader.copy_companions(folder)
+        if (opened.reader.path / REPORT).is_file():  # names the float model, for eval
+            shutil.copyfile(opened.reader.path / REPORT, folder / REPORT)
+        size_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    notes = tuple(writer.notes()) if hasattr(writer, "notes") else ()
+    return Exported(size_bytes, time.perf_counter() - start, notes)
+
+
+def _gptq(version: int) -> Callable[[Source, Path], Any]:
+    """A writer of that version of the GPTQ format."""
+    name = "autogptq" if version == 1 else "gptq_v2"
+
+    def make(source: Source, folder: Path) -> autogptq.Writer:
+        config = source.grid(name)
+        return autogptq.Writer(folder, config, source.settings(), source.stream(folder), version)
+
+    return make
+
+
+def _compressed_tensors(source: Source, folder: Path) -> compressed_tensors.Writer:
+    config = source.grid("compressed-tensors")
+    return compressed_tensors.Writer(folder, config, source.settings(), source.stream(folder))
+
+
+def _float(dtype: torch.dtype) -> Callable[[Source, Path], Any]:
+    """A writer of plain Llama folders in that dtype."""
+    return lambda source, folder: float_folder.Writer(folder, dtype, source.stream(folder))
+
+
+TARGETS: dict[str, Callable[[Source, Path], Any]] = {
+    "autogptq": _gptq(1),
+    "gptq_v2": _gptq(2),
+    "compressed-tensors": _compressed_tensors,
+    "float16": _float(torch.float16),
+    "bfloat16": _float(torch.bfloat16),
+    "float32": _float(torch.float32),
+}

@@ -1,0 +1,232 @@
+"""pytest tests/test_export.py: codes, scales and zeros move exactly between all formats; what
+cannot move is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quant.checkpoint import CheckpointReader
+from quant.config import QuantConfig
+from quant.export import Source, export
+from quant.formats import FORMATS, autogptq
+from quant.grid import Grid, QuantizedTensor, fit_minmax, nearest_codes
+from quant.loader import load_model
+from quant.stream_writer import StreamWriter
+
+Make = Callable[..., Path]
+MOVING = [
+    "autogptq",
+    "gptq_v2",
+    *(["compressed-tensors"] if "compressed-tensors" in FORMATS else []),
+]
+
+
+def entries(folder: Path) -> dict[str, Any]:
+    return dict(Source.open(folder).entries())
+
+
+def assert_same(left: Path, right: Path) -> None:
+    """Every code, scale, zero, group and plain tensor is the same."""
+    mine, theirs = entries(left), entries(right)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        other = theirs[name]
+        if isinstance(value, QuantizedTensor):
+            assert torch.equal(value.codes, other.codes), name
+            assert torch.equal(value.grid.scales, other.grid.scales), name
+            assert torch.equal(value.grid.zeros, other.grid.zeros), name
+            assert (value.group_index is None) == (other.group_index is None), name
+        else:
+            assert torch.equal(value, other) and value.dtype == other.dtype, name
+
+
+@pytest.fixture
+def quantized(make_checkpoint: Make, tmp_path: Path) -> Callable[..., Path]:
+    """quantized(config, **geometry): a tiny model rounded to that grid, in the GPTQ format."""
+
+    def make(config: QuantConfig, **geometry: Any) -> Path:
+        source, folder = make_checkpoint(**geometry), tmp_path / "out"
+        folder.mkdir()
+        writer = autogptq.Writer(folder, config, {})
+        for name, tensor in entries(source).items():
+            if name.endswith("_proj.weight"):
+                grid = fit_minmax(tensor.float(), config)
+                codes = nearest_codes(tensor.float(), grid)
+                writer.add_quantized(name.removesuffix(".weight"), QuantizedTensor(codes, grid))
+            else:
+                writer.add_plain(name, tensor)
+        reader = CheckpointReader(source)
+        writer.close(reader.config)
+        reader.copy_companions(folder)
+        return folder
+
+    return make
+
+
+GRIDS = [(bits, 64, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, (4, -1, True), (4, -1, False)])
+def test_every_pair_of_formats_is_exact(
+    quantized: Callable[..., Path], tmp_path: Path, grid: tuple[int, int, bool]
+) -> None:
+    config = QuantConfig(*grid)
+    source = quantized(config)
+    for first in MOVING:
+        export(source, tmp_path / first, first)
+        assert_same(source, tmp_path / first)
+        for second in MOVING:
+            export(tmp_path / first, tmp_path / f"{first}-{second}", second)
+            assert_same(source, tmp_path / f"{first}-{second}")
+            opened = Source.open(tmp_path / f"{first}-{second}")
+            assert opened.config == config
+
+
+def test_bytes_return(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    """autogptq -> compressed-tensors -> autogptq gives the tensors that quantize wrote."""
+    source = quantized(QuantConfig(4, 64))
+    export(source, tmp_path / "ct", MOVING[-1])
+    export(tmp_path / "ct", tmp_path / "back", "autogptq")
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "back" / "tokenizer.model").is_file()
+
+
+def test_the_layout_of_compressed_tensors(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    """The packed words are the transposed GPTQ words, zeros those of version 2."""
+    source = quantized(QuantConfig(4, 64, symmetric=False))
+    export(source, tmp_path / "ct", "compressed-tensors")
+    gptq, packed = (load_file(path / "model.safetensors") for path in (source, tmp_path / "ct"))
+    name = "model.layers.1.mlp.down_proj."
+    assert torch.equal(packed[name + "weight_packed"], gptq[name + "qweight"].T)
+    assert torch.equal(packed[name + "weight_scale"], gptq[name + "scales"].T)
+    assert torch.equal(packed[name + "weight_zero_point"], gptq[name + "qzeros"].T)
+    assert packed[name + "weight_shape"].tolist() == [128, 256]
+    stored = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    assert stored["ignore"] == ["lm_head"] and stored["format"] == "pack-quantized"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_float_folders(quantized: Callable[..., Path], tmp_path: Path, dtype: str) -> None:
+    source = quantized(QuantConfig(4, 64, symmetric=False))
+    done = export(source, tmp_path / "float", dtype)
+    mine, theirs = entries(source), entries(tmp_path / "float")
+    wanted = getattr(torch, dtype)
+    for name, value in mine.items():
+        if isinstance(value, QuantizedTensor):
+            assert torch.equal(theirs[f"{name}.weight"], value.dequantize().to(wanted))
+        else:
+            assert torch.equal(theirs[name], value.to(wanted))
+    assert bool(done.notes) == (dtype != "float32")
+    config = json.loads((tmp_path / "float" / "config.json").read_text())
+    assert config["torch_dtype"] == dtype and "quantization_config" not in config
+    if dtype == "float32":
+        ids = torch.arange(20)[None]
+        load = lambda path: load_model(path, "cpu", precision="exact")(ids)  # noqa: E731
+        assert (load(source) - load(tmp_path / "float")).abs().max() < 1e-4
+
+
+def one_linear(folder: Path, zeros: int, version: int, index: torch.Tensor | None = None) -> Path:
+    """A GPTQ checkpoint of a tiny model in which one linear has such zeros or groups."""
+    name = "model.layers.0.self_attn.q_proj"
+    value = entries(folder)[name]
+    grid = Grid(value.grid.scales, torch.full_like(value.grid.zeros, zeros), 4)
+    odd = folder.with_name("odd")
+    odd.mkdir()
+    writer = autogptq.Writer(odd, QuantConfig(4, 64, False), {}, version=version)
+    for other, tensor in entries(folder).items():
+        if isinstance(tensor, QuantizedTensor):
+            swap = QuantizedTensor(tensor.codes, grid, index) if other == name else tensor
+            writer.add_quantized(other, swap)
+        else:
+            writer.add_plain(other, tensor)
+    writer.close(CheckpointReader(folder).config)
+    return odd
+
+
+@pytest.mark.parametrize(
+    ("zeros", "version", "to", "message"),
+    [
+        (0, 2, "autogptq", "has a zero of 0, but version 1 of the GPTQ format holds 1 to 16"),
+        (16, 1, "gptq_v2", "has a zero of 16, but version 2 of the GPTQ format holds 0 to 15"),
+        (16, 1, "compressed-tensors", "has a zero of 16, but compressed-tensors holds 0 to 15"),
+    ],
+)
+def test_zeros_that_would_wrap_are_refused(
+    quantized: Callable[..., Path],
+    tmp_path: Path,
+    zeros: int,
+    version: int,
+    to: str,
+    message: str,
+) -> None:
+    odd = one_linear(quantized(QuantConfig(4, 64, False)), zeros, version)
+    with pytest.raises(ValueError, match=message):
+        export(odd, tmp_path / "target", to)
+    assert not [path for path in tmp_path.iterdir() if "target" in path.name]
+
+
+def test_shuffled_groups(quantized: Callable[..., Path], tmp_path: Path) -> None:
+    index = torch.arange(128).flip(0) % 2
+    odd = one_linear(quantized(QuantConfig(4, 64, False)), 3, 2, index)
+    with pytest.raises(ValueError, match="not consecutive inputs"):
+        export(odd, tmp_path / "ct", "compressed-tensors")
+    export(odd, tmp_path / "v1", "autogptq")
+    assert_same(odd, tmp_path / "v1")
+    assert json.loads((tmp_path / "v1" / "quantize_config.json").read_text())["desc_act"] is True
+
+
+def test_refusals(make_checkpoint: Make, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    with pytest.raises(ValueError, match="is not quantized, so there are no codes to move"):
+        export(source, tmp_path / "x", "compressed-tensors")
+    with pytest.raises(ValueError, match="cannot export to 'x'; there are autogptq"):
+        export(source, tmp_path / "x", "x")
+    with pytest.raises(FileExistsError, match="exists already"):
+        export(source, source, "float32")
+
+
+def test_a_tied_head_is_written_once(make_checkpoint: Make, tmp_path: Path) -> None:
+    source = make_checkpoint(tie_word_embeddings=True)
+    export(source, tmp_path / "float", "float32")
+    names = CheckpointReader(tmp_path / "float").names()
+    assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
+
+
+def test_a_value_too_large_for_float16_is_refused(make_checkpoint: Make, tmp_path: Path) -> None:
+    source = make_checkpoint(dtype=torch.float32)
+    export(source, tmp_path / "ok", "float16")
+    path = source / "model-00001-of-00002.safetensors"
+    state = load_file(path)
+    name = next(iter(state))
+    state[name][0, 0] = 1e6
+    save_file(state, path)
+    with pytest.raises(ValueError, match=f"{name}: holds values that are not finite"):
+        export(source, tmp_path / "bad", "float16")
+
+
+def test_shards_split_by_size_and_by_header(tmp_path: Path) -> None:
+    """Many tensors in little room for names: several whole shards, in the order of arrival."""
+    tensors = {f"{'name' * 30}.{i}": torch.full((3, i + 1), i) for i in range(40)}
+    (tmp_path / "a").mkdir()
+    for sizes in ({"tensors": 1}, {"tensors": 100, "shard_bytes": 2000}):
+        writer = StreamWriter(tmp_path / "a", **sizes)
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.close()
+        (tmp_path / "a" / "config.json").write_text("{}")
+        reader = CheckpointReader(tmp_path / "a")
+        assert reader.names() == list(tensors)
+        assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in tensors.items())
+        assert len(list((tmp_path / "a").glob("model-*-of-*.safetensors"))) > 3
+        for file in (tmp_path / "a").iterdir():
+            file.unlink()
