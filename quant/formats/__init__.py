@@ -1,4 +1,4 @@
-"""On-disk formats, one file each: `matches(reader)`, `read(reader)`, and `Writer` where we write it.
+"""On-disk formats, one file each: `matches(reader)`, `read(reader)`; a `Writer` where we write it.
 
 Only these files know a layout's quirks. To add one: copy `awq.py`, add a line here.
 """

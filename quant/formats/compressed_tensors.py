@@ -8,9 +8,9 @@ Each quantized linear P of K inputs, N outputs and G groups is, instead of P.wei
     P.weight_shape       int64 (2,)                 N, K
     P.weight_g_idx       int32 (K,)                 only where groups are not consecutive
 
-The bits of a row are one run, as in quant/packing.py; older versions put whole codes into a word, which
-differs for 3 bits (10 codes a word) and is told by the shape. Codes and zeros are
-stored as unsigned numbers, and the zero is the true one: no offset. The settings stand in
+The bits of a row are one run, as in quant/packing.py; older versions put whole codes
+into a word, which differs for 3 bits (10 codes a word) and is told by the shape. Codes and zeros
+are stored as unsigned numbers, and the zero is the true one: no offset. The settings stand in
 config.json under `quantization_config`.
 """
 
@@ -150,7 +150,7 @@ def quant_config(reader: CheckpointReader) -> QuantConfig:
     """
     arguments = _weights(reader)[0]
     group_size = arguments.get("group_size") or -1
-    return QuantConfig(arguments.get("num_bits"), group_size, bool(arguments.get("symmetric")))
+    return QuantConfig(arguments.get("num_bits", 0), group_size, bool(arguments.get("symmetric")))
 
 
 def read(reader: CheckpointReader) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
@@ -205,7 +205,7 @@ def _read_one(
             f"{module}: weight_shape {shape} and packed shape {tuple(words.shape)} disagree"
         )
     out_features, in_features = (int(size) for size in shape)
-    choices = [QuantConfig(group.get("num_bits")).bits for group in groups]
+    choices = [QuantConfig(group.get("num_bits", 0)).bits for group in groups]
     fitting = [bits for bits in choices if words.shape[1] in _words(in_features, bits)]
     if in_features <= 0 or not fitting:
         raise ValueError(
