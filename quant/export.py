@@ -21,10 +21,10 @@ from torch import Tensor
 
 from quant.checkpoint import CheckpointReader
 from quant.config import QuantConfig
-from quant.formats import FORMATS, autogptq, compressed_tensors, float_folder
+from quant.formats import FORMATS, autogptq, compressed_tensors, float_folder, gguf
 from quant.grid import QuantizedTensor
 from quant.llama.config import LlamaConfig
-from quant.output import whole_folder
+from quant.output import whole_file, whole_folder
 from quant.report import FILE_NAME as REPORT
 from quant.stream_writer import StreamWriter
 
@@ -88,6 +88,9 @@ class Source:
             return {}
 
 
+MakeWriter = Callable[[Source, Path, str], Any]  # source, what to make, type of gguf's head
+
+
 @dataclass(frozen=True)
 class Exported:
     """What an export did: bytes written, seconds, and a line on each thing that was not exact."""
@@ -97,14 +100,17 @@ class Exported:
     notes: tuple[str, ...]
 
 
-def export(source: str | Path, target: str | Path, to: str, overwrite: bool = False) -> Exported:
+def export(
+    source: str | Path, target: str | Path, to: str, overwrite: bool = False, head: str = "f16"
+) -> Exported:
     """Write the checkpoint `source` as `target` in another format.
 
     Args:
         source: folder of a quantized or float checkpoint.
-        target: folder to make; it appears whole at the end, or not at all.
+        target: folder to make, or file for gguf; it appears whole at the end, or not at all.
         to: one of TARGETS.
         overwrite: replace `target` if it exists.
+        head: type of embedding and head in gguf, "f16" or "q8_0".
 
     Raises:
         ValueError: the target cannot hold the grid of a tensor, which is named; no such target; or
@@ -113,48 +119,63 @@ def export(source: str | Path, target: str | Path, to: str, overwrite: bool = Fa
     """
     if to not in TARGETS:
         raise ValueError(f"cannot export to {to!r}; there are {', '.join(TARGETS)}")
+    if head != "f16" and to != "gguf":
+        raise ValueError(f"--head {head} is for gguf; {to} keeps embedding and head as they are")
     start, opened = time.perf_counter(), Source.open(Path(source))
-    with whole_folder(Path(target), overwrite) as folder, torch.inference_mode():
-        writer = TARGETS[to](opened, folder)
+    whole = whole_file if to == "gguf" else whole_folder
+    with whole(Path(target), overwrite) as place, torch.inference_mode():
+        writer = TARGETS[to](opened, place, head)
         for name, value in opened.entries():
             if isinstance(value, QuantizedTensor):
                 writer.add_quantized(name, value)
             else:
                 writer.add_plain(name, value)
         writer.close(opened.reader.config)
-        opened.reader.copy_companions(folder)
-        if (opened.reader.path / REPORT).is_file():  # names the float model, for eval
-            shutil.copyfile(opened.reader.path / REPORT, folder / REPORT)
-        size_bytes = sum(file.stat().st_size for file in folder.iterdir())
+        if place.is_dir():
+            _copy_companions(opened.reader, place)
+        files = place.iterdir() if place.is_dir() else [place]
+        size_bytes = sum(file.stat().st_size for file in files)
     notes = tuple(writer.notes()) if hasattr(writer, "notes") else ()
     return Exported(size_bytes, time.perf_counter() - start, notes)
 
 
-def _gptq(version: int) -> Callable[[Source, Path], Any]:
+def _copy_companions(reader: CheckpointReader, folder: Path) -> None:
+    """The tokenizer's files, and the report, which names the float model for `eval`."""
+    reader.copy_companions(folder)
+    if (reader.path / REPORT).is_file():
+        shutil.copyfile(reader.path / REPORT, folder / REPORT)
+
+
+def _gptq(version: int) -> MakeWriter:
     """A writer of that version of the GPTQ format."""
     name = "autogptq" if version == 1 else "gptq_v2"
 
-    def make(source: Source, folder: Path) -> autogptq.Writer:
+    def make(source: Source, folder: Path, head: str) -> autogptq.Writer:
         config = source.grid(name)
         return autogptq.Writer(folder, config, source.settings(), source.stream(folder), version)
 
     return make
 
 
-def _compressed_tensors(source: Source, folder: Path) -> compressed_tensors.Writer:
+def _compressed_tensors(source: Source, folder: Path, head: str) -> compressed_tensors.Writer:
     config = source.grid("compressed-tensors")
     return compressed_tensors.Writer(folder, config, source.settings(), source.stream(folder))
 
 
-def _float(dtype: torch.dtype) -> Callable[[Source, Path], Any]:
+def _gguf(source: Source, file: Path, head: str) -> gguf.Writer:
+    return gguf.Writer(file, source.llama, source.reader.path, head)
+
+
+def _float(dtype: torch.dtype) -> MakeWriter:
     """A writer of plain Llama folders in that dtype."""
-    return lambda source, folder: float_folder.Writer(folder, dtype, source.stream(folder))
+    return lambda source, folder, head: float_folder.Writer(folder, dtype, source.stream(folder))
 
 
-TARGETS: dict[str, Callable[[Source, Path], Any]] = {
+TARGETS: dict[str, MakeWriter] = {
     "autogptq": _gptq(1),
     "gptq_v2": _gptq(2),
     "compressed-tensors": _compressed_tensors,
+    "gguf": _gguf,
     "float16": _float(torch.float16),
     "bfloat16": _float(torch.bfloat16),
     "float32": _float(torch.float32),

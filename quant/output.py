@@ -32,6 +32,23 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def whole_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A file name to write to, renamed to `path` when the block ends well, else removed.
+
+    Raises:
+        FileExistsError: `path` exists and `overwrite` is False, or is a folder.
+    """
+    refuse_existing(path, overwrite and not path.is_dir())
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise FileExistsError if `path` exists and may not be replaced."""
     if path.exists() and not overwrite:

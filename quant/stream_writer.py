@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class StreamWriter:
         self.path, self.shard_bytes = path, shard_bytes
         self._room = max(1024, 150 * tensors) // 8 * 8  # the header of a shard, in bytes
         self._shards: list[tuple[Path, list[str]]] = []
-        self._file: BinaryIO | None = None
+        self._file: Path | None = None
         self._header: dict[str, Any] = {}
         self._header_bytes = self._position = self._total_bytes = 0
 
@@ -60,7 +60,9 @@ class StreamWriter:
         ):
             self._finish_shard()
         file = self._file or self._start_shard(entry_bytes)
-        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        with file.open("r+b") as opened:  # for each tensor, so that a failure leaves none open
+            opened.seek(8 + self._room + self._position)
+            opened.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         end = self._position + size_bytes
         self._header[name] = {**entry, "data_offsets": [self._position, end]}
         self._header_bytes, self._position = self._header_bytes + entry_bytes, end
@@ -87,25 +89,24 @@ class StreamWriter:
         index_file = self.path / "model.safetensors.index.json"
         index_file.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
-    def _start_shard(self, entry_bytes: int) -> BinaryIO:
-        """Open the next shard behind the room for its header."""
+    def _start_shard(self, entry_bytes: int) -> Path:
+        """Begin the next shard, behind the room for its header."""
         self._header = {"__metadata__": {"format": "pt"}}
         self._header_bytes = len(json.dumps(self._header))
         self._position = 0
         self._room = max(self._room, self._header_bytes + entry_bytes)
-        self._file = (self.path / f"part-{len(self._shards) + 1:05d}.safetensors").open("wb")
-        self._file.seek(8 + self._room)
+        self._file = self.path / f"part-{len(self._shards) + 1:05d}.safetensors"
+        self._file.write_bytes(b"")
         return self._file
 
     def _finish_shard(self) -> None:
         """Write the header into its room and wait until the shard is on the disk."""
         assert self._file
-        self._file.seek(0)
         text = json.dumps(self._header, separators=(",", ":")).encode()
-        self._file.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file.open("r+b") as opened:
+            opened.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
+            opened.flush()
+            os.fsync(opened.fileno())
         names = [name for name in self._header if name != "__metadata__"]
-        self._shards.append((Path(self._file.name), names))
+        self._shards.append((self._file, names))
         self._file = None
