@@ -26,6 +26,7 @@ from quant.grid import QuantizedTensor
 from quant.llama.config import LlamaConfig
 from quant.output import whole_file, whole_folder
 from quant.report import FILE_NAME as REPORT
+from quant.sources import open_checkpoint
 from quant.stream_writer import StreamWriter
 
 
@@ -45,7 +46,7 @@ class Source:
         Raises:
             ValueError: not a Llama checkpoint, or damaged.
         """
-        reader = CheckpointReader(path)
+        reader = open_checkpoint(path)
         form = next((form for form in FORMATS.values() if form.matches(reader)), None)
         config = form.quant_config(reader) if form else None
         return cls(reader, LlamaConfig.from_dict(reader.config), form, config)

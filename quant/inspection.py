@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quant.checkpoint import CheckpointReader
 from quant.formats import FORMATS
 from quant.geometry import fitting_group_size, linear_shapes
 from quant.llama.config import LlamaConfig
+from quant.sources import open_checkpoint
 
 _DEFAULT_TOKENS = 128 * 2048
 
@@ -18,7 +18,7 @@ def describe(path: Path) -> dict[str, str]:
     Raises:
         ValueError: not a Llama checkpoint, or damaged.
     """
-    reader = CheckpointReader(path)
+    reader = open_checkpoint(path)
     llama = LlamaConfig.from_dict(reader.config)
     linears = (
         sum(out * width for out, width in linear_shapes(llama).values()) * llama.num_hidden_layers

@@ -20,7 +20,8 @@ from quant.kernels import choose
 from quant.linear import QuantLinear
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, MERGED_NAMES, Linear, Llama
-from quant.llama.tokenizer import Tokenizer, load_tokenizer
+from quant.llama.tokenizer import Tokenizer
+from quant.sources import open_checkpoint, open_tokenizer
 
 
 def load_quantized(
@@ -48,13 +49,13 @@ def load_quantized(
         ValueError: the folder is not a quantized Llama checkpoint, or is damaged; the message names
             the tensor.
     """
-    reader = CheckpointReader(Path(path))
+    reader = open_checkpoint(path)
     if not is_quantized(reader):
         raise ValueError(
             f"{path}: not a quantized checkpoint; make one with: python cli.py quantize --model "
             f"{path}"
         )
-    return load_model(path, device, dtype, backend, precision), load_tokenizer(Path(path))
+    return load_model(path, device, dtype, backend, precision), open_tokenizer(Path(path))
 
 
 def is_quantized(reader: CheckpointReader) -> bool:
@@ -70,7 +71,7 @@ def load_model(
     precision: str = "high",
 ) -> Llama:
     """Load a float or quantized checkpoint; arguments and errors as in `load_quantized`."""
-    reader = CheckpointReader(Path(path))
+    reader = open_checkpoint(path)
     config = LlamaConfig.from_dict(reader.config)
     place = torch.device(resolve_device(device))
     with torch.device("meta"):

@@ -38,6 +38,7 @@ from quant.solvers import solve, solver_name
 from quant.solvers.gptq import GPTQOptions
 from quant.solvers.loss import relative_error
 from quant.solvers.rtn import RTNOptions
+from quant.sources import open_checkpoint
 from quant.verification import digest, verify
 
 
@@ -128,7 +129,7 @@ def quantize_checkpoint(
 
 def _float_checkpoint(path: Path) -> tuple[CheckpointReader, LlamaConfig]:
     """The opened checkpoint and its geometry; a quantized one is refused."""
-    reader = CheckpointReader(path)
+    reader = open_checkpoint(path)
     if any(form.matches(reader) for form in FORMATS.values()):
         raise ValueError(
             f"{path}: is quantized already; give the float checkpoint it was made from"

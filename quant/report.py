@@ -121,7 +121,7 @@ def float_origin(folder: Path) -> Path | None:
         origin = Path(json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))["model"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return origin if origin.is_dir() else None
+    return origin if origin.exists() else None
 
 
 def peak_memory_bytes() -> int | None:

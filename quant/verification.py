@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from quant.checkpoint import CheckpointReader
 from quant.formats import FORMATS
 from quant.grid import QuantizedTensor
+from quant.sources import open_checkpoint
 
 
 def digest(qt: QuantizedTensor) -> str:
@@ -22,7 +22,7 @@ def digest(qt: QuantizedTensor) -> str:
 def verify(folder: Path, digests: dict[str, str]) -> None:
     """Read the finished checkpoint and compare every code, scale and zero with the solver's."""
     seen = {}
-    reader = CheckpointReader(folder)
+    reader = open_checkpoint(folder)
     for name, value in FORMATS["autogptq"].read(reader):
         if isinstance(value, QuantizedTensor):
             seen[name] = digest(value)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quant.checkpoint import CheckpointReader
 from quant.checkpoint_writer import CheckpointWriter
+from quant.sources import open_checkpoint
 
 
 def test_writer_streams_parts_and_joins_them(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_writer_streams_parts_and_joins_them(tmp_path: Path) -> None:
     files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
     assert files == [f"model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
     (tmp_path / "config.json").write_text("{}")
-    reader = CheckpointReader(tmp_path)
+    reader = open_checkpoint(tmp_path)
     assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in state.items())
     assert sorted(reader.names()) == sorted(state) and "t0" in reader and "x" not in reader
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -46,11 +46,11 @@ def test_one_shard_has_the_plain_name(tmp_path: Path) -> None:
 def test_pytorch_bin_single_and_sharded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     torch.save({"a": torch.ones(3)}, tmp_path / "pytorch_model.bin")
-    assert torch.equal(CheckpointReader(tmp_path).tensor("a"), torch.ones(3))
+    assert torch.equal(open_checkpoint(tmp_path).tensor("a"), torch.ones(3))
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model-00001-of-00001.bin")
     index = {"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    assert torch.equal(CheckpointReader(tmp_path).tensor("a"), torch.ones(3))
+    assert torch.equal(open_checkpoint(tmp_path).tensor("a"), torch.ones(3))
 
 
 class Evil:
@@ -63,14 +63,14 @@ def test_a_pickled_command_is_not_run(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "config.json").write_text("{}")
     torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin: damaged or truncated"):
-        CheckpointReader(tmp_path)
+        open_checkpoint(tmp_path)
     assert not (tmp_path / "evil").exists()
 
 
 def test_damaged_folders_are_refused(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     def refuses(message: str, tensor: str | None = None) -> None:
         with pytest.raises(ValueError, match=message):
-            reader = CheckpointReader(folder)
+            reader = open_checkpoint(folder)
             if tensor:
                 reader.tensor(tensor)
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant.checkpoint import CheckpointReader
 from quant.config import QuantConfig
 from quant.export import Source, export
 from quant.formats import autogptq
 from quant.grid import Grid, QuantizedTensor, fit_minmax, nearest_codes
 from quant.loader import load_model
+from quant.sources import open_checkpoint
 from quant.stream_writer import StreamWriter
 
 Make = Callable[..., Path]
@@ -59,7 +59,7 @@ def quantized(make_checkpoint: Make, tmp_path: Path) -> Callable[..., Path]:
                 writer.add_quantized(name.removesuffix(".weight"), QuantizedTensor(codes, grid))
             else:
                 writer.add_plain(name, tensor)
-        reader = CheckpointReader(source)
+        reader = open_checkpoint(source)
         writer.close(reader.config)
         reader.copy_companions(folder)
         return folder
@@ -145,7 +145,7 @@ def one_linear(folder: Path, zeros: int, version: int, index: torch.Tensor | Non
             writer.add_quantized(other, swap)
         else:
             writer.add_plain(other, tensor)
-    writer.close(CheckpointReader(folder).config)
+    writer.close(open_checkpoint(folder).config)
     return odd
 
 
@@ -194,7 +194,7 @@ def test_refusals(make_checkpoint: Make, tmp_path: Path) -> None:
 def test_a_tied_head_is_written_once(make_checkpoint: Make, tmp_path: Path) -> None:
     source = make_checkpoint(tie_word_embeddings=True)
     export(source, tmp_path / "float", "float32")
-    names = CheckpointReader(tmp_path / "float").names()
+    names = open_checkpoint(tmp_path / "float").names()
     assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
 
 
@@ -220,7 +220,7 @@ def test_shards_split_by_size_and_by_header(tmp_path: Path) -> None:
             writer.add(name, tensor)
         writer.close()
         (tmp_path / "a" / "config.json").write_text("{}")
-        reader = CheckpointReader(tmp_path / "a")
+        reader = open_checkpoint(tmp_path / "a")
         assert reader.names() == list(tensors)
         assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in tensors.items())
         assert len(list((tmp_path / "a").glob("model-*-of-*.safetensors"))) > 3
@@ -239,7 +239,7 @@ def test_the_package_of_the_format_decompresses_our_weights(
 
     source = quantized(config)
     export(source, tmp_path / "ct", "compressed-tensors")
-    reader = CheckpointReader(tmp_path / "ct")
+    reader = open_checkpoint(tmp_path / "ct")
     stored = QuantizationConfig.model_validate(reader.config["quantization_config"])
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
     module = "model.layers.0.mlp.up_proj"

@@ -17,6 +17,7 @@ from quant.checkpoint import CheckpointReader
 from quant.formats import FORMATS
 from quant.grid import Grid, QuantizedTensor
 from quant.loader import load_model, load_quantized
+from quant.sources import open_checkpoint
 
 Make = Callable[..., Path]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -90,7 +91,7 @@ def foreign(
     source: Path, target: Path, form: str, bits: int, symmetric: bool
 ) -> dict[str, QuantizedTensor]:
     """A checkpoint whose linears are quantized at random; returns what is in it."""
-    reader, state, held = CheckpointReader(source), {}, {}
+    reader, state, held = open_checkpoint(source), {}, {}
     write = awq if form == "awq" else compressed
     for name in reader.names():
         module, tensor = name.removesuffix(".weight"), reader.tensor(name)
@@ -123,7 +124,7 @@ def test_codes_scales_and_zeros_are_those_of_the_file(
     make_checkpoint: Make, tmp_path: Path, form: str, bits: int, symmetric: bool
 ) -> None:
     held = foreign(make_checkpoint(), tmp_path / "q", form, bits, symmetric)
-    reader = CheckpointReader(tmp_path / "q")
+    reader = open_checkpoint(tmp_path / "q")
     assert [name for name, f in FORMATS.items() if f.matches(reader)] == [form]
     read = {n: v for n, v in FORMATS[form].read(reader) if isinstance(v, QuantizedTensor)}
     assert sorted(read) == sorted(held)
@@ -163,7 +164,7 @@ def test_ten_3_bit_codes_a_word_as_older_versions_wrote(tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors")
     config = {"quantization_config": settings("compressed-tensors", 3, True, 32)}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    ((_, qt),) = FORMATS["compressed-tensors"].read(CheckpointReader(tmp_path))
+    ((_, qt),) = FORMATS["compressed-tensors"].read(open_checkpoint(tmp_path))
     assert np.array_equal(qt.codes.numpy(), codes)
 
 
@@ -204,9 +205,9 @@ def test_other_compressed_tensors_are_refused(
             stored = stored[key]
         stored[last] = value
 
-    list(FORMATS["compressed-tensors"].read(CheckpointReader(tmp_path)))
+    list(FORMATS["compressed-tensors"].read(open_checkpoint(tmp_path)))
     change(tmp_path, edit)
-    form, reader = FORMATS["compressed-tensors"], CheckpointReader(tmp_path)
+    form, reader = FORMATS["compressed-tensors"], open_checkpoint(tmp_path)
     with pytest.raises(ValueError, match=message):
         form.quant_config(reader)
         list(form.read(reader))
@@ -220,7 +221,7 @@ def damaged(folder: Path, form: str, **tensors: Tensor) -> CheckpointReader:
     save_file(state, folder / "model.safetensors")
     config = {"quantization_config": settings(form, 4, False, 32)}
     (folder / "config.json").write_text(json.dumps(config))
-    return CheckpointReader(folder)
+    return open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +261,6 @@ def test_scales_that_are_no_float16_are_rounded_and_said_so(tmp_path: Path) -> N
 def test_another_awq_is_refused(tmp_path: Path) -> None:
     reader = damaged(tmp_path, "awq")
     change(tmp_path, lambda stored: stored.update(version="gemv"))
-    reader = CheckpointReader(tmp_path)
+    reader = open_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="AWQ version 'gemv' with 4 bits is not supported"):
         list(FORMATS["awq"].read(reader))

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant.checkpoint import CheckpointReader
 from quant.config import QuantConfig
 from quant.formats import FORMATS
 from quant.grid import Grid, QuantizedTensor
 from quant.packing import pack
+from quant.sources import open_checkpoint
 
 
 def random_tensor(bits: int, groups: int = 2, symmetric: bool = False) -> QuantizedTensor:
@@ -32,7 +32,7 @@ def random_tensor(bits: int, groups: int = 2, symmetric: bool = False) -> Quanti
 
 
 def read_all(folder: Path, form: str = "autogptq") -> dict[str, Any]:
-    return dict(FORMATS[form].read(CheckpointReader(folder)))
+    return dict(FORMATS[form].read(open_checkpoint(folder)))
 
 
 @pytest.mark.parametrize("form", [name for name in FORMATS if hasattr(FORMATS[name], "Writer")])

@@ -11,9 +11,11 @@ LAYERS = [
     ["cli"],
     ["quant.commands"],
     ["quant.progress", "quant.inspection", "quant.evaluation_text", "quant.roofline"],
-    ["quant.pipeline", "quant.loader", "quant.evaluate", "quant.bench", "quant.export"],
+    ["quant.pipeline", "quant.loader", "quant.evaluate", "quant.bench", "quant.export"]
+    + ["quant.convert"],
     ["quant.linear", "quant.report", "quant.verification", "quant.contenders"],
     ["quant.solvers", "quant.formats", "quant.kernels"],
+    ["quant.sources"],
     ["quant.grid", "quant.packing", "quant.checkpoint", "quant.checkpoint_writer"]
     + ["quant.output", "quant.geometry", "quant.stream_writer"],
     ["quant.config", "quant.llama", "quant.native", "quant.distributed", "calib"],

@@ -21,17 +21,17 @@ from quant import (
     load_quantized,
     quantize_checkpoint,
 )
-from quant.checkpoint import CheckpointReader
 from quant.formats import FORMATS
 from quant.grid import QuantizedTensor
 from quant.kernels import choose
 from quant.solvers import SOLVERS
+from quant.sources import open_checkpoint
 
 Make = Callable[..., Path]
 
 
 def entries(folder: Path) -> dict[str, Any]:
-    return dict(FORMATS["autogptq"].read(CheckpointReader(folder)))
+    return dict(FORMATS["autogptq"].read(open_checkpoint(folder)))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from quant.commands.bench import bench_decode, bench_kernels
+from quant.commands.convert import convert
 from quant.commands.evaluate import evaluate
 from quant.commands.export import export
 from quant.commands.generate import generate
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "export": export,
     "inspect": inspect,
+    "convert": convert,
     "bench kernels": bench_kernels,
     "bench decode": bench_decode,
 }

@@ -54,18 +54,18 @@ def evaluate(
     """Perplexity by the GPTQ paper's protocol; if quantized, also against the float origin."""
     from quant.evaluate import evaluate
     from quant.evaluation_text import evaluation_ids, protocol
-    from quant.llama.tokenizer import load_tokenizer
     from quant.loader import load_model
     from quant.output import last_output
     from quant.progress import window_bar
     from quant.report import float_origin
+    from quant.sources import open_tokenizer
 
     model = model or last_output()
     reference = reference or float_origin(model)
     loaded = load_model(model, device, dtype, precision=precision)
     own_text = BUNDLED in (model.resolve(), reference)
     data = data or (str(BUNDLED / "heldout.txt") if own_text else "wikitext2")
-    ids, facts = evaluation_ids(load_tokenizer(model), data)
+    ids, facts = evaluation_ids(open_tokenizer(model), data)
     window = window or min(2048, loaded.config.max_position_embeddings)
     origin = load_model(reference, device, dtype) if reference else None
     with window_bar() as on_window:

@@ -34,13 +34,13 @@ def generate(
 ) -> None:
     """Continue a text."""
     from quant.llama import generate as generation
-    from quant.llama.tokenizer import load_tokenizer
     from quant.loader import load_model
     from quant.output import last_output
+    from quant.sources import open_tokenizer
 
     model = model or last_output()
     sampling = generation.Sampling(temperature, top_p, seed)
-    tokenizer = load_tokenizer(model)
+    tokenizer = open_tokenizer(model)
     loaded = load_model(model, device, dtype, precision=precision)
     ids = tokenizer.encode(prompt)
     stream = tokenizer.stream(ids)

@@ -91,17 +91,17 @@ def quantize(
     device: Device = "auto",
 ) -> None:
     """Quantize a float checkpoint, layer by layer, into a folder that GPTQ readers load."""
-    from quant.checkpoint import CheckpointReader
     from quant.config import QuantConfig
     from quant.llama.config import LlamaConfig
     from quant.loader import resolve_device
     from quant.output import refuse_existing
     from quant.pipeline import RunOptions
+    from quant.sources import open_checkpoint
 
-    llama = LlamaConfig.from_dict(CheckpointReader(model).config)
+    llama = LlamaConfig.from_dict(open_checkpoint(model).config)
     config = _fitting(llama, QuantConfig(bits, group_size, sym))
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
-    output = output or Path(f"{model.resolve().name}-w{bits}-{group}")
+    output = output or Path(f"{_name(model)}-w{bits}-{group}")
     refuse_existing(output, overwrite)
     solver_options = _solver_options(solver, act_order, damp)
     length = seq_len or min(2048, llama.max_position_embeddings)
@@ -111,6 +111,11 @@ def quantize(
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
     run_options = RunOptions(resolve_device(device), overwrite)
     _run(model, output, windows, config, solver_options, run_options)
+
+
+def _name(model: Path) -> str:
+    """The name of a folder, or of a file without its ending."""
+    return model.stem if model.is_file() else model.resolve().name
 
 
 def _fitting(llama: Any, config: Any) -> Any:
@@ -140,9 +145,9 @@ def _windows(model: Path, sources: list[str], samples: int, length: int, seed: i
     """Calibration windows (samples, length) of the model's own tokens."""
     from calib.sampling import token_windows
     from calib.sources import documents
-    from quant.llama.tokenizer import load_tokenizer
+    from quant.sources import open_tokenizer
 
-    return token_windows(load_tokenizer(model).encode, documents(sources), samples, length, seed)
+    return token_windows(open_tokenizer(model).encode, documents(sources), samples, length, seed)
 
 
 def _run(

@@ -1,0 +1,53 @@
+"""Where weights come from, one file each: `matches(path)` and `Reader(path)`.
+
+A Reader offers what `quant.checkpoint.CheckpointReader` describes, with the names, the row order
+and the config.json of Hugging Face, whatever the files look like. To add one: copy `llama2c.py`,
+add a line here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+
+from quant.checkpoint import CheckpointReader
+from quant.llama.tokenizer import Tokenizer, load_tokenizer
+from quant.sources import huggingface, meta
+
+SOURCES: dict[str, ModuleType] = {
+    "huggingface": huggingface,
+    "meta": meta,
+}
+
+
+def open_checkpoint(path: str | Path) -> CheckpointReader:
+    """A reader of whatever lies at `path`.
+
+    Raises:
+        ValueError: nothing is there, nothing that is known, or it is damaged.
+    """
+    path = Path(path)
+    for source in SOURCES.values():
+        if source.matches(path):
+            return source.Reader(path)
+    if path.is_file():
+        raise ValueError(f"{path}: not a checkpoint file of a kind that is known")
+    return huggingface.Reader(path)  # says what is missing
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer that belongs to the weights at `path`.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = Path(path)
+    if not path.exists() or huggingface.matches(path):
+        return load_tokenizer(path)
+    with TemporaryDirectory() as folder:
+        open_checkpoint(path).copy_companions(Path(folder))
+        try:
+            return load_tokenizer(Path(folder))
+        except ValueError as error:
+            raise ValueError(str(error).replace(folder, str(path))) from None
