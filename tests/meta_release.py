@@ -55,6 +55,8 @@ def meta_state(folder: Path) -> dict[str, tuple[Tensor, str]]:
     heads = {"wq": config["num_attention_heads"], "wk": config["num_key_value_heads"]}
     whole = {}
     for meta, ours, split in names:
+        if f"{ours}.weight" not in state:  # a head that is the embedding
+            continue
         weight = state[f"{ours}.weight"]
         count = heads.get(meta.rpartition(".")[2])
         whole[f"{meta}.weight"] = (interleaved(weight, count) if count else weight, split)

@@ -1,264 +1,135 @@
-"""pytest tests/test_gguf.py: GGUF files hold our weights, by the `gguf` package's own reading."""
+"""pytest tests/test_gguf.py: GGUF files, against the gguf package."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from meta_release import interleaved
+from torch import Tensor
 
-from quant.checkpoint import CheckpointReader
-from quant.config import QuantConfig
-from quant.export import Source, export
-from quant.formats import autogptq
-from quant.formats.gguf_blocks import of_grid, q8_0
-from quant.formats.gguf_vocabulary import vocabulary
-from quant.grid import Grid, QuantizedTensor, fit_minmax, nearest_codes
+from quant.convert import convert
+from quant.llama.tokenizer import load_tokenizer
+from quant.loader import load_model
+from quant.sources import gguf_blocks, open_checkpoint, open_tokenizer
 
 gguf = pytest.importorskip("gguf")
-from gguf.quants import dequantize, quantize  # noqa: E402
+from gguf_files import write  # noqa: E402
 
 Make = Callable[..., Path]
-GEOMETRY = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}
+Kind = gguf.GGMLQuantizationType
+BUNDLED = Path(__file__).parents[1] / "quant" / "bundled"
+OURS = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"}
+SHARED = OURS | {"Q5_0", "Q5_1", "TQ1_0"}  # the last three through the package
 
 
-def quantized_folder(source: Path, folder: Path, config: QuantConfig) -> Path:
-    """A float checkpoint rounded to that grid, in the GPTQ format."""
-    folder.mkdir()
-    writer = autogptq.Writer(folder, config, {})
-    for name, tensor in Source.open(source).entries():
-        assert isinstance(tensor, torch.Tensor)
-        if name.endswith("_proj.weight"):
-            grid = fit_minmax(tensor.float(), config)
-            codes = nearest_codes(tensor.float(), grid)
-            if config.symmetric:  # scales of either sign, as solvers that search them return
-                sign = torch.where(torch.arange(len(grid.scales)) % 2 == 0, 1.0, -1.0)
-                grid = Grid(grid.scales * sign[:, None], grid.zeros, grid.bits)
-            writer.add_quantized(name.removesuffix(".weight"), QuantizedTensor(codes, grid))
-        else:
-            writer.add_plain(name, tensor)
-    reader = CheckpointReader(source)
-    writer.close(reader.config)
-    reader.copy_companions(folder)
-    return folder
+@pytest.mark.parametrize("kind", sorted(SHARED))
+def test_values_are_those_of_the_package(
+    make_checkpoint: Make, windows: Tensor, tmp_path: Path, kind: str
+) -> None:
+    source = make_checkpoint(hidden_size=256)
+    held = write(source, tmp_path / "m.gguf", Kind[kind])
+    reader = open_checkpoint(tmp_path / "m.gguf")
+    for name, theirs in (
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("lm_head.weight", "output.weight"),
+        ("model.layers.1.mlp.down_proj.weight", "blk.1.ffn_down.weight"),
+        ("model.layers.0.self_attn.v_proj.weight", "blk.0.attn_v.weight"),
+        ("model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight"),
+    ):
+        assert torch.equal(reader.tensor(name).float(), torch.from_numpy(held[theirs])), name
+    for name, theirs, heads in (("q_proj", "attn_q", 4), ("k_proj", "attn_k", 2)):
+        found = reader.tensor(f"model.layers.1.self_attn.{name}.weight").float()
+        expected = torch.from_numpy(held[f"blk.1.{theirs}.weight"])
+        assert torch.equal(interleaved(found, heads), expected)
+    if kind in ("F16", "F32"):
+        logits = load_model(tmp_path / "m.gguf", device="cpu")(windows)
+        assert torch.equal(logits, load_model(source, device="cpu")(windows))
 
 
-def read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, str]]:
-    """Keys, float32 tensors and type names, as the package reads them."""
-    reader = gguf.GGUFReader(file)
-    keys = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {
-        t.name: torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), dtype=np.float32))
-        for t in reader.tensors
+def test_vocabulary_and_settings(make_checkpoint: Make, tmp_path: Path) -> None:
+    write(make_checkpoint(), tmp_path / "m.gguf", Kind.F16)
+    convert(tmp_path / "m.gguf", tmp_path / "out")
+    ours, theirs = open_tokenizer(tmp_path / "out"), load_tokenizer(BUNDLED)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_ids) == (2080, 1, (2,))
+    for text in ("def f(x):\n    return x + 1", "  two  spaces ", "naïve 日本語 🙂", "<s>", ""):
+        assert ours.encode(text) == theirs.encode(text)
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["chat_template"] == "{{ messages }}"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    assert {key: config[key] for key in expected if key != "rms_norm_eps"} == {
+        key: value for key, value in expected.items() if key != "rms_norm_eps"
     }
-    return keys, tensors, {t.name: t.tensor_type.name for t in reader.tensors}
+    assert config["rms_norm_eps"] == struct.unpack("<f", struct.pack("<f", 1e-5))[0]
 
 
-def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q or k from halves of a head to neighbours, written out row by row."""
-    head_dim = len(weight) // heads
-    rows = []
-    for head in range(heads):
-        for i in range(head_dim // 2):
-            rows += [head * head_dim + i, head * head_dim + head_dim // 2 + i]
-    return weight[rows]
+def test_another_vocabulary_is_not_invented(make_checkpoint: Make, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    write(make_checkpoint(), file, Kind.F16)
+    old = b"tokenizer.ggml.model" + struct.pack("<IQ", 8, 5)
+    file.write_bytes(file.read_bytes().replace(old + b"llama", old + b"other"))
+    with pytest.warns(UserWarning, match="vocabulary of kind 'other' is not rebuilt"):
+        convert(file, tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
 
 
-@pytest.mark.parametrize(
-    ("config", "kind", "file_type"),
-    [
-        (QuantConfig(4, 32), "Q4_0", 2),
-        (QuantConfig(4, 128), "Q4_0", 2),
-        (QuantConfig(4, -1), "Q4_0", 2),
-        (QuantConfig(4, 64, False), "Q4_1", 3),
-        (QuantConfig(8, 64), "Q8_0", 7),
-        (None, "F16", 1),
-    ],
-)
-def test_the_package_dequantizes_our_weights(
-    make_checkpoint: Make, tmp_path: Path, config: QuantConfig | None, kind: str, file_type: int
-) -> None:
-    source = make_checkpoint()
-    folder = quantized_folder(source, tmp_path / "out", config) if config else source
-    done = export(folder, tmp_path / "m.gguf", "gguf")
-    keys, tensors, kinds = read(tmp_path / "m.gguf")
-    assert keys["general.file_type"] == file_type and keys["general.architecture"] == "llama"
-    assert keys["llama.attention.head_count_kv"] == 2 and keys["llama.rope.dimension_count"] == 32
-    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k"}
-    names |= {"self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output"}
-    names |= {f"mlp.{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")}
-    wanted = dict(Source.open(folder).entries())
-    for theirs, mine in {
-        f"blk.1.{b}.weight": f"model.layers.1.{a}" for a, b in names.items()
-    }.items():
-        assert kinds[theirs] == kind
-        value = wanted.get(mine, wanted.get(f"{mine}.weight"))
-        weight = value.dequantize() if isinstance(value, QuantizedTensor) else value.float()
-        for part, heads in (("attn_q", 4), ("attn_k", 2)):
-            weight = interleaved(weight, heads) if part in theirs else weight
-        if kind == "Q4_1":
-            scales = value.grid.scales.repeat_interleave(64, 1)
-            assert ((tensors[theirs] - weight).abs() / scales.max()).max() <= 0.0074
-            assert not torch.equal(tensors[theirs], weight)
-        else:
-            assert torch.equal(tensors[theirs], weight)
-    assert torch.equal(tensors["token_embd.weight"], wanted["model.embed_tokens.weight"].float())
-    assert torch.equal(tensors["output.weight"], wanted["lm_head.weight"].float())
-    norm = "model.layers.0.post_attention_layernorm.weight"
-    assert torch.equal(tensors["blk.0.ffn_norm.weight"], wanted[norm].float())
-    assert kinds["blk.0.ffn_norm.weight"] == "F32" and kinds["output.weight"] == "F16"
-    assert len(tensors) == 3 + 2 * 9
-    assert bool(done.notes) == (kind == "Q4_1")
+def test_a_type_without_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(ValueError, match="type Q4_K is read through the gguf package"):
+        gguf_blocks.row_bytes(12, 256)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="type 999 is not supported"):
+        gguf_blocks.row_bytes(999, 256)
+    with pytest.raises(ValueError, match="rows of 40 values do not consist of blocks of 32"):
+        gguf_blocks.row_bytes(2, 40)
 
 
-@pytest.mark.parametrize("zero", range(16))
-def test_q4_1_is_exact_where_scale_times_zero_is_float16(zero: int) -> None:
-    """Exact for zeros with one set bit; the measured error is the true one, below 0.0074 scales."""
-    generator = torch.Generator().manual_seed(zero)
-    codes = torch.randint(0, 16, (256, 64), generator=generator, dtype=torch.uint8)
-    scales = torch.rand(256, 2, generator=generator).half().float() + 0.01
-    qt = QuantizedTensor(codes, Grid(scales.half().float(), torch.full((256, 2), zero).byte(), 4))
-    blocks = of_grid("a", qt)
-    if zero == 8:
-        assert blocks.kind == gguf.GGMLQuantizationType.Q4_0
-        return
-    data = blocks.data.reshape(256, -1).numpy()
-    theirs = torch.from_numpy(dequantize(data, gguf.GGMLQuantizationType.Q4_1))
-    error = ((theirs - qt.dequantize()).abs() / qt.grid.scales.repeat_interleave(32, 1)).max()
-    assert torch.equal(theirs, qt.dequantize()) == (zero in (0, 1, 2, 4)) == (blocks.error == 0)
-    assert abs(float(error) - blocks.error) < 1e-5 and blocks.error < 0.0074
+def replace(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
+    def edit(data: bytes) -> bytes:
+        assert old in data
+        return data.replace(old, new, 1)
+
+    return edit
 
 
-def test_q8_0_is_the_packages(make_checkpoint: Make, tmp_path: Path) -> None:
-    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
-    weight[3] = 0
-    theirs = quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0)
-    assert np.array_equal(q8_0(weight).data.reshape(64, -1).numpy(), theirs)
-    source = make_checkpoint()
-    done = export(source, tmp_path / "m.gguf", "gguf", head="q8_0")
-    _, _, kinds = read(tmp_path / "m.gguf")
-    assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q8_0"
-    assert kinds["blk.0.attn_q.weight"] == "F16" and "rounded to Q8_0" in done.notes[0]
+def key(name: str, kind: int) -> bytes:
+    return name.encode() + struct.pack("<I", kind)
 
 
-def test_a_sentencepiece_vocabulary(make_checkpoint: Make, tmp_path: Path) -> None:
-    """Every piece, score and type; the rows beyond the tokenizer are unused."""
-    from sentencepiece import SentencePieceProcessor
-
-    source = make_checkpoint()
-    settings = {"chat_template": "{{ x }}", "add_bos_token": True, "pad_token": "<pad>"}
-    settings["added_tokens_decoder"] = {"2070": {"content": "<pad>", "special": True}}
-    (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    export(source, tmp_path / "m.gguf", "gguf")
-    keys, _, _ = read(tmp_path / "m.gguf")
-    sp = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
-    size = sp.vocab_size()
-    tokens, kinds = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
-    assert tokens[:size] == [sp.id_to_piece(i) for i in range(size)] and len(tokens) == 2080
-    scores = keys["tokenizer.ggml.scores"]
-    assert scores[:size] == [sp.get_score(i) for i in range(size)]
-    assert kinds[:4] == [2, 3, 3, 6] and tokens[3] == "<0x00>" and kinds[300] == 1
-    assert tokens[2060] == "[PAD2060]" and kinds[2060] == 5 and scores[2060] == -10000
-    assert tokens[2070] == "<pad>" and kinds[2070] == 3
-    assert keys["tokenizer.ggml.padding_token_id"] == 2070
-    assert keys["tokenizer.ggml.bos_token_id"] == 1 and keys["tokenizer.ggml.eos_token_id"] == 2
-    assert keys["tokenizer.ggml.add_bos_token"] is True
-    assert keys["tokenizer.chat_template"] == "{{ x }}"
-
-
-def bpe_folder(folder: Path, splitter: dict[str, Any], byte_fallback: bool = False) -> Path:
-    folder.mkdir()
-    vocab = {"<unk>": 0, "<s>": 1, "<0x0A>": 2, "a": 3, "b": 4, "ab": 5, "aab": 6}
-    model = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"], ["a", "ab"]]}
-    model |= {"byte_fallback": byte_fallback, "unk_token": "<unk>" if byte_fallback else None}
-    special = {"id": 1, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False}
-    special |= {"normalized": False, "special": True}
-    content = {"version": "1.0", "added_tokens": [special], "pre_tokenizer": splitter}
-    (folder / "tokenizer.json").write_text(json.dumps({**content, "model": model}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
-    return folder
-
-
-LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-DIGITS = {"type": "Digits", "individual_digits": True}
-
-
-def test_a_byte_level_vocabulary(tmp_path: Path) -> None:
-    keys = vocabulary(bpe_folder(tmp_path / "a", LEVEL), 8)
-    assert keys["tokenizer.ggml.model"] == "gpt2" and keys["tokenizer.ggml.pre"] == "gpt-2"
-    assert keys["tokenizer.ggml.merges"] == ["a b", "a ab"]
-    assert keys["tokenizer.ggml.token_type"] == [1, 3, 1, 1, 1, 1, 1, 5]
-    assert keys["tokenizer.ggml.bos_token_id"] == 1 and "tokenizer.ggml.scores" not in keys
-    both = {"type": "Sequence", "pretokenizers": [DIGITS, LEVEL]}
-    assert vocabulary(bpe_folder(tmp_path / "b", both), 8)["tokenizer.ggml.pre"] == "smollm"
-    odd = bpe_folder(tmp_path / "c", {"type": "Whitespace"})
-    with pytest.raises(ValueError, match="no rule of llama.cpp splits text as .'Whitespace'"):
-        vocabulary(odd, 8)
-    with pytest.raises(ValueError, match="has an id 6, the model 5 rows"):
-        vocabulary(tmp_path / "a", 5)
-
-
-def test_sentencepiece_in_json(tmp_path: Path) -> None:
-    """Scores fall with the rank of the merge."""
-    keys = vocabulary(bpe_folder(tmp_path / "a", None, byte_fallback=True), 7)
-    assert keys["tokenizer.ggml.model"] == "llama"
-    assert keys["tokenizer.ggml.token_type"] == [2, 3, 6, 1, 1, 1, 1]
-    assert keys["tokenizer.ggml.scores"] == [-2, -2, -2, -2, -2, 0, -1]
-    assert keys["tokenizer.ggml.add_space_prefix"] is False
+SCORES = key("tokenizer.ggml.scores", 9)
+LAYERS = key("llama.block_count", 4)
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("edit", "message"),
     [
-        (QuantConfig(3, 32), "GGUF has no block for a grid of 3 bits, symmetric"),
-        (QuantConfig(8, 32, False), "GGUF has no block for a grid of 8 bits, asymmetric"),
+        (lambda d: b"", "is empty"),
+        (lambda d: b"GGML" + d[4:], "does not begin with GGUF"),
+        (lambda d: d[:4] + struct.pack("<I", 1) + d[8:], "GGUF version 1 is not supported"),
+        (lambda d: d[:16] + struct.pack("<Q", 1 << 60) + d[24:], "beyond the end|damaged"),
+        (lambda d: d[:8] + struct.pack("<Q", 1 << 60) + d[16:], "beyond the end|dimensions|long"),
+        (lambda d: d[:24] + struct.pack("<Q", 1 << 60) + d[32:], "name of key 0 is .* bytes long"),
+        (lambda d: d[:-4096], "ends at byte .*; it is truncated"),
+        (replace(b"llama.block_count", b"llama.block_xxxxx"), "num_hidden_layers is None"),
+        (replace(LAYERS + b"\2\0\0\0", LAYERS + b"\0\0\0\x80"), "the file has 2 layers"),
+        (replace(b"blk.1.attn_q", b"blk.1.attn_x"), "tensor blk.1.attn_x.weight is not one of"),
+        (replace(b"blk.1.attn_q", b"blk.0.attn_q"), "the file has 1 layers"),
+        (
+            replace(SCORES + b"\6\0\0\0", SCORES + b"\x09\0\0\0"),
+            "array of .* type 9",
+        ),
     ],
 )
-def test_grids_without_a_block_are_refused(
-    make_checkpoint: Make, tmp_path: Path, config: QuantConfig, message: str
+def test_headers_that_lie_are_refused(
+    make_checkpoint: Make, tmp_path: Path, edit: Callable[[bytes], bytes], message: str
 ) -> None:
-    folder = quantized_folder(make_checkpoint(), tmp_path / "out", config)
-    with pytest.raises(ValueError, match=message):
-        export(folder, tmp_path / "m.gguf", "gguf")
-    assert not [path for path in tmp_path.iterdir() if "gguf" in path.name]
-
-
-def test_refusals(make_checkpoint: Make, tmp_path: Path) -> None:
-    codes, ones = torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 4)
-    narrow = QuantizedTensor(codes, Grid(ones, ones.byte(), 4))
-    with pytest.raises(ValueError, match="groups of 16 inputs are not whole blocks of 32"):
-        of_grid("a", narrow)
-    shuffled = QuantizedTensor(codes, Grid(ones, ones.byte(), 4), torch.zeros(64))
-    with pytest.raises(ValueError, match="its groups are not consecutive inputs"):
-        of_grid("a", shuffled)
-    source = make_checkpoint()
-    with pytest.raises(ValueError, match="head 'x' is unknown"):
-        export(source, tmp_path / "m.gguf", "gguf", head="x")
-    with pytest.raises(ValueError, match="--head q8_0 is for gguf"):
-        export(source, tmp_path / "m", "float32", head="q8_0")
-    with pytest.raises(FileExistsError, match="exists already"):
-        export(source, source, "gguf", overwrite=True)
-    shutil.rmtree(source / "none", ignore_errors=True)
-    (source / "tokenizer.model").unlink()
-    with pytest.raises(ValueError, match="no tokenizer"):
-        export(source, tmp_path / "m.gguf", "gguf")
-
-
-def test_rotary_scaling_biases_and_tied_heads(make_checkpoint: Make, tmp_path: Path) -> None:
-    rope = {"rope_type": "linear", "factor": 4.0}
-    source = make_checkpoint(tie_word_embeddings=True, rope_scaling=rope)
-    export(source, tmp_path / "m.gguf", "gguf")
-    keys, tensors, _ = read(tmp_path / "m.gguf")
-    assert keys["llama.rope.scaling.type"] == "linear"
-    assert keys["llama.rope.scaling.factor"] == 4 and "output.weight" not in tensors
-    dynamic = make_checkpoint("dynamic", rope_scaling={**rope, "rope_type": "dynamic"})
-    done = export(dynamic, tmp_path / "d.gguf", "gguf")
-    assert "no dynamic rotary scaling" in done.notes[0]
-    biased = make_checkpoint("biased", attention_bias=True)
-    with pytest.raises(ValueError, match="blk.0.attn_q.bias is missing from the checkpoint"):
-        export(biased, tmp_path / "b.gguf", "gguf")
+    file = tmp_path / "m.gguf"
+    write(make_checkpoint(), file, Kind.F16)
+    file.write_bytes(edit(file.read_bytes()))
+    with pytest.raises(ValueError, match=f"m.gguf: .*({message})"):
+        open_checkpoint(file)

@@ -13,11 +13,13 @@ from types import ModuleType
 
 from quant.checkpoint import CheckpointReader
 from quant.llama.tokenizer import Tokenizer, load_tokenizer
-from quant.sources import huggingface, meta
+from quant.sources import gguf, huggingface, llama2c, meta
 
 SOURCES: dict[str, ModuleType] = {
     "huggingface": huggingface,
     "meta": meta,
+    "llama2c": llama2c,
+    "gguf": gguf,
 }
 
 
