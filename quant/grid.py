@@ -19,8 +19,8 @@ from torch import Tensor
 
 from quant.config import QuantConfig
 
-_SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
-_LARGEST_SCALE = 65504.0
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+LARGEST_SCALE = 65504.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def fit_minmax(weight: Tensor, config: QuantConfig) -> Grid:
         low = -high
     empty = high == low
     low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
-    scales = ((high - low) / config.max_code).clamp(_SMALLEST_SCALE, _LARGEST_SCALE).half().float()
+    scales = ((high - low) / config.max_code).clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
     zeros = torch.full_like(scales, 2 ** (config.bits - 1))
     if not config.symmetric:
         zeros = (-low / scales).round().clamp(1, config.max_code)

@@ -46,7 +46,9 @@ def test_codes_equal_literal_obq(bits: int, symmetric: bool) -> None:
     weight, hessian = problem(24, 64, bits)
     weight, hessian = weight.double(), hessian.double()
     config = QuantConfig(bits, 32, symmetric)
-    solution = gptq.solve(weight, hessian, config, GPTQOptions(act_order=False, block_size=16))
+    solution = gptq.solve(
+        weight, hessian, config, GPTQOptions(act_order=False, block_size=16, scales="minmax")
+    )
     expected = literal_obq(weight, hessian, fit_minmax(weight, config), 32, 0.01)
     assert torch.equal(solution.tensor.codes, expected)
 
@@ -58,7 +60,8 @@ def test_act_order_is_obq_on_sorted_columns() -> None:
     grid = fit_minmax(weight, config)
     expected = literal_obq(weight[:, order], hessian[order][:, order], grid, 32, 0.01)
     assert torch.equal(
-        gptq.solve(weight, hessian, config, GPTQOptions()).tensor.codes[:, order], expected
+        gptq.solve(weight, hessian, config, GPTQOptions(scales="minmax")).tensor.codes[:, order],
+        expected,
     )
 
 
@@ -109,7 +112,7 @@ def test_dead_inputs_are_rounded_and_reported() -> None:
     weight, hessian = problem(4, 64, 0)
     hessian[5], hessian[:, 5] = 0, 0
     config = QuantConfig(4, 32)
-    solution = gptq.solve(weight, hessian, config, GPTQOptions())
+    solution = gptq.solve(weight, hessian, config, GPTQOptions(scales="minmax"))
     rounded = SOLVERS["rtn"][0](weight, hessian, config, None).tensor
     assert torch.equal(solution.tensor.codes[:, 5], rounded.codes[:, 5])
     assert any("1 of 64 input channels" in note for note in solution.notes)
@@ -125,4 +128,6 @@ def test_what_is_not_finite_is_refused() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="damp 1.5 is out of range"):
         GPTQOptions(damp=1.5)
+    with pytest.raises(ValueError, match="scales 'best' is unknown"):
+        GPTQOptions(scales="best")
     assert dataclasses.asdict(GPTQOptions())["damp"] == 0.01

@@ -27,6 +27,9 @@ from torch import Tensor
 from quant.config import QuantConfig
 from quant.grid import Grid, QuantizedTensor, fit_minmax
 from quant.solvers.loss import Solution
+from quant.solvers.scale_search import fit_weighted
+
+SCALES = ("minmax", "weighted", "signed")
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,21 @@ class GPTQOptions:
         act_order: take columns by falling diag(H), else from left to right.
         damp: added to the diagonal of H, as a fraction of its mean.
         block_size: columns per block between two large updates.
+        scales: how group grids are chosen, one of SCALES: "minmax" spans each group's range,
+            "weighted" searches for the least error weighted by diag(H), "signed" the same with
+            negative scales allowed in symmetric grids.
     """
 
     act_order: bool = True
     damp: float = 0.01
     block_size: int = 128
+    scales: str = "weighted"
 
     def __post_init__(self) -> None:
+        if self.scales not in SCALES:
+            raise ValueError(
+                f"scales {self.scales!r} is unknown; choose one of {', '.join(SCALES)}"
+            )
         if not 0 <= self.damp < 1:
             raise ValueError(
                 f"damp {self.damp} is out of range; it is a fraction of the mean diagonal, 0 <= "
@@ -79,11 +90,18 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpt
     R, damp, notes = factor(H, options.damp)
     if dead.any():
         notes += (f"{int(dead.sum())} of {len(dead)} input channels are never active",)
-    grid = fit_minmax(weight, config)
+    grid = _fit(weight, hessian, config, options)
     codes = _round_columns(
         weight, R, grid, order, config.width(weight.shape[1]), options.block_size
     )
     return Solution(QuantizedTensor(codes, grid), damp, notes)
+
+
+def _fit(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Grid:
+    """The grids of all groups, as `options.scales` says."""
+    if options.scales == "minmax":
+        return fit_minmax(weight, config)
+    return fit_weighted(weight, hessian.diagonal(), config, signed=options.scales == "signed")
 
 
 def factor(H: Tensor, damp: float) -> tuple[Tensor, float, tuple[str, ...]]:
