@@ -3,95 +3,121 @@
 A decoder layer has four inputs that its seven linears share: q|k|v, o, gate|up, down. The walk
 advances the hidden states through the layer stage by stage and pauses before each group of linears,
 so that the caller can replace their weights; what follows then sees the replaced ones
-(true-sequential GPTQ):
+(true-sequential GPTQ). h is the layer's input, n the buffer for its output:
 
-    norm(h)              -> H of q, k, v      pause
-    attention(q, k, v)   -> H of o            pause
-    h += o(...); norm(h) -> H of gate, up     pause
-    silu(gate) * up      -> H of down         pause
-    h += down(...)
+    norm(h)                  -> H of q, k, v      pause
+    n = attention(q, k, v)   -> H of o            pause
+    n = h + o(n); norm(n)    -> H of gate, up     pause
+    silu(gate) * up          -> H of down         pause
+    n = n + down(...)
 
-Each product is computed once. The input of `down` alone, the widest, is computed a second time
-where all of it would not fit KEEP_BYTES.
+Each product is computed once. Of the input of `down`, the widest, `keep_bytes` are kept for the
+last line; the rest is computed a second time rather than stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from calib.hessian import Hessian
+from calib.hidden import HiddenStates
 
-KEEP_BYTES = 1 << 28  # 256 MiB: 16k tokens of a 4k wide MLP
-_BATCH_TOKENS = 2048  # tokens per forward: enough for full GEMM speed, small next to a layer
+
+@dataclass(frozen=True)
+class Budget:
+    """What a walk may take.
+
+    Attributes:
+        batch_tokens: tokens per forward, in whole windows; 2048 are enough for full GEMM speed and
+            small next to a layer.
+        keep_bytes: of the input of `down`, kept instead of computed twice.
+    """
+
+    batch_tokens: int = 2048
+    keep_bytes: int = 1 << 28
 
 
 def walk(
-    layer: Any, hidden: Tensor, mask: Tensor | None = None, device: torch.device | str = "cpu"
+    layer: Any,
+    states: HiddenStates,
+    mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    budget: Budget = Budget(),  # noqa: B008 - frozen
 ) -> Iterator[Hessian]:
-    """Advance `hidden` through `layer` in place, pausing before each group of linears.
+    """Advance the hidden states through `layer`, pausing before each group of linears.
 
     Args:
         layer: a decoder layer on `device`; its `self_attn` and `mlp` have `mix`, the part before
             the last linear.
-        hidden: (windows, tokens, hidden_size) float32 on the CPU; holds the layer's output when the
-            walk ends.
+        states: the layer's input; its output when the walk ends.
         mask: (windows, tokens) bool, False for padding: such rows never enter a Hessian.
         device: where the batches are computed.
+        budget: how much is computed and kept at a time.
 
     Yields:
         The Hessian of the input of q|k|v, of o, of gate|up and of down, in that order.
     """
-    batches = _batches(hidden)
-    attention = layer.self_attn
+    attention, size = layer.self_attn, states.hidden_size
+    width = attention.config.num_attention_heads * attention.config.head_dim
+    batches = _batches(states, budget.batch_tokens)
+    present, following = states.present, states.next
 
-    hessian = Hessian(hidden.shape[-1], device)
+    hessian = Hessian(size, device)
     for batch in batches:
-        hessian.add(layer.input_layernorm(hidden[batch].to(device)), _rows(mask, batch))
+        x = present.read(batch, size).to(device)
+        hessian.add(layer.input_layernorm(x), _rows(mask, batch))
     yield hessian
 
-    width = attention.config.num_attention_heads * attention.config.head_dim
-    mixed = torch.empty(*hidden.shape[:2], width)
     hessian = Hessian(width, device)
     for batch in batches:
-        y = attention.mix(layer.input_layernorm(hidden[batch].to(device)))
+        y = attention.mix(layer.input_layernorm(present.read(batch, size).to(device)))
         hessian.add(y, _rows(mask, batch))
-        mixed[batch] = y
+        following.write(batch, y)
     yield hessian
 
-    hessian = Hessian(hidden.shape[-1], device)
+    hessian = Hessian(size, device)
     for batch in batches:
-        x = hidden[batch].to(device) + attention.o_proj(mixed[batch].to(device))
+        y = attention.o_proj(following.read(batch, width).to(device))
+        x = present.read(batch, size).to(device) + y
         hessian.add(layer.post_attention_layernorm(x), _rows(mask, batch))
-        hidden[batch] = x
-    del mixed
+        following.write(batch, x)
     yield hessian
 
-    yield from _walk_down(layer, hidden, mask, device)
+    yield from _walk_down(layer, states, mask, device, budget)
+    states.swap()
 
 
 def _walk_down(
-    layer: Any, hidden: Tensor, mask: Tensor | None, device: torch.device | str
+    layer: Any,
+    states: HiddenStates,
+    mask: Tensor | None,
+    device: torch.device | str,
+    budget: Budget,
 ) -> Iterator[Hessian]:
     """The last stage: the Hessian of down_proj's input, then its product."""
-    width = layer.mlp.config.intermediate_size
-    keep = hidden.shape[0] * hidden.shape[1] * width * 4 <= KEEP_BYTES
-    kept: list[Tensor] = []
-    batches = _batches(hidden)
-    hessian = Hessian(width, device)
-    for batch in batches:
-        y = layer.mlp.mix(layer.post_attention_layernorm(hidden[batch].to(device)))
+    room, kept = budget.keep_bytes, {}
+    hessian = Hessian(layer.mlp.config.intermediate_size, device)
+    batches = _batches(states, budget.batch_tokens)
+    for index, batch in enumerate(batches):
+        x = states.next.read(batch, states.hidden_size).to(device)
+        y = layer.mlp.mix(layer.post_attention_layernorm(x))
         hessian.add(y, _rows(mask, batch))
-        if keep:
-            kept.append(y)
+        room -= y.nbytes
+        if room >= 0:
+            kept[index] = y
+    del x, y
     yield hessian
-    for batch in batches:
-        x = hidden[batch].to(device)
-        y = kept.pop(0) if keep else layer.mlp.mix(layer.post_attention_layernorm(x))
-        hidden[batch] = x + layer.mlp.down_proj(y)
+    for index, batch in enumerate(batches):
+        x = states.next.read(batch, states.hidden_size).to(device)
+        y = kept.pop(index, None)
+        if y is None:
+            y = layer.mlp.mix(layer.post_attention_layernorm(x))
+        states.next.write(batch, x + layer.mlp.down_proj(y))
 
 
 def _rows(mask: Tensor | None, batch: slice) -> Tensor | None:
@@ -99,8 +125,8 @@ def _rows(mask: Tensor | None, batch: slice) -> Tensor | None:
     return None if mask is None else mask[batch]
 
 
-def _batches(hidden: Tensor) -> list[slice]:
-    """Slices of whole windows, about _BATCH_TOKENS tokens each."""
-    windows, tokens = hidden.shape[:2]
-    step = max(1, _BATCH_TOKENS // tokens)
-    return [slice(start, min(start + step, windows)) for start in range(0, windows, step)]
+def _batches(states: HiddenStates, batch_tokens: int) -> list[slice]:
+    """Slices of whole windows, about `batch_tokens` tokens each."""
+    step = max(1, batch_tokens // states.tokens)
+    starts = range(0, states.windows, step)
+    return [slice(start, min(start + step, states.windows)) for start in starts]

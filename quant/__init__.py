@@ -15,7 +15,7 @@ _PUBLIC = {
     "QuantConfig": "quant.config",
     "GPTQOptions": "quant.solvers.gptq",
     "RTNOptions": "quant.solvers.rtn",
-    "RunOptions": "quant.pipeline",
+    "RunOptions": "quant.run_options",
     "quantize_checkpoint": "quant.pipeline",
     "load_quantized": "quant.loader",
     "load_model": "quant.loader",

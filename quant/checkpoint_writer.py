@@ -6,9 +6,11 @@ joined into shards by copying bytes. Without the joining, a small model would be
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,27 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quant.durable import file_sha256, write_file
+
 _PART_BYTES = 1 << 30  # a part is written at the latest when it holds this much
+
+
+@dataclass(frozen=True)
+class Part:
+    """A durable file of the folder."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether the file is there, byte for byte."""
+        file = folder / self.name
+        return (
+            file.is_file()
+            and file.stat().st_size == self.size_bytes
+            and file_sha256(file) == self.sha256
+        )
 
 
 class CheckpointWriter:
@@ -25,13 +47,21 @@ class CheckpointWriter:
     Args:
         path: the folder.
         shard_bytes: parts are joined into shards of about this much.
+
+    Attributes:
+        parts: what was written so far, in order; an interrupted run sets it to go on.
+        shards: what the parts were joined to already; the same.
+        on_shard: called when a shard is durable, before its parts are removed.
     """
 
     def __init__(self, path: Path, shard_bytes: int = 4 << 30) -> None:
         self.path, self.shard_bytes = path, shard_bytes
+        self.parts: list[Part] = []
+        self.shards: list[Part] = []
+        self.on_shard: Callable[[], None] = lambda: None
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
-        self._parts: list[Path] = []
+        self._lock = threading.Lock()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Queue a tensor for the next part."""
@@ -42,82 +72,113 @@ class CheckpointWriter:
 
     def flush(self) -> None:
         """Write the queued tensors as one durable part and free them."""
-        if not self._pending:
-            return
-        part = self.path / f"part-{len(self._parts) + 1:05d}.safetensors"
-        try:
-            save_file(self._pending, part, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{part}: cannot be written ({error}); is the disk full?") from error
-        _sync(part)
-        self._parts.append(part)
-        self._pending, self._pending_bytes = {}, 0
+        self.take()()
+
+    def take(self) -> Callable[[], list[Part]]:
+        """Hand over the queued tensors: the result, called in any thread, writes them."""
+        pending, self._pending, self._pending_bytes = self._pending, {}, 0
+        return lambda: [self._write(pending)] if pending else []
+
+    def _write(self, tensors: dict[str, Tensor]) -> Part:
+        """Make one part."""
+        with self._lock:
+            file = self.path / f"part-{len(self.parts) + 1:05d}.safetensors"
+            try:
+                write_file(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+            except (SafetensorError, OSError) as error:
+                raise OSError(f"{file}: cannot be written ({error}); is the disk full?") from error
+            part = Part(file.name, file.stat().st_size, file_sha256(file))
+            self.parts.append(part)
+            return part
 
     def close(self) -> None:
         """Join the parts into shards, and write the index last; one shard needs no index."""
         self.flush()
         groups = self._groups()
-        if len(groups) == 1:
-            _join(groups[0], self.path / "model.safetensors")
-            return
         weight_map, total_bytes = {}, 0
-        for number, parts in enumerate(groups, 1):
-            shard = self.path / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            header, size_bytes = _join(parts, shard)
-            weight_map.update(dict.fromkeys(header, shard.name))
+        for name, parts in groups.items():
+            shard = self.path / name
+            if not self._is_joined(name):
+                self.shards.append(_join([self.path / part.name for part in parts], shard))
+                self.on_shard()
+            for part in parts:
+                (self.path / part.name).unlink(missing_ok=True)
+            names, size_bytes = _contents(shard)
+            weight_map.update(dict.fromkeys(names, name))
             total_bytes += size_bytes
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        file = self.path / "model.safetensors.index.json"
-        file.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        if len(groups) > 1:
+            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+            file = self.path / "model.safetensors.index.json"
+            file.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
-    def _groups(self) -> list[list[Path]]:
-        """The parts of each shard."""
-        groups: list[list[Path]] = []
+    def unjoined(self) -> list[Part]:
+        """The parts whose shard does not exist yet."""
+        groups = self._groups().items()
+        return [part for name, parts in groups if not self._is_joined(name) for part in parts]
+
+    def _is_joined(self, shard: str) -> bool:
+        return shard in [done.name for done in self.shards]
+
+    def _groups(self) -> dict[str, list[Part]]:
+        """The parts of each shard, by its name."""
+        groups: list[list[Part]] = []
         room = 0
-        for part in self._parts:
-            size = part.stat().st_size
-            if not groups or size > room:
+        for part in self.parts:
+            if not groups or part.size_bytes > room:
                 groups.append([])
                 room = self.shard_bytes
             groups[-1].append(part)
-            room -= size
-        return groups
+            room -= part.size_bytes
+        if len(groups) == 1:
+            return {"model.safetensors": groups[0]}
+        names = (
+            f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)
+        )
+        return dict(zip(names, groups, strict=True))
 
 
-def _join(parts: list[Path], target: Path) -> tuple[list[str], int]:
-    """Make one safetensors file of several by moving the offsets in their headers; remove them.
+def _join(parts: list[Path], target: Path) -> Part:
+    """Make one durable safetensors file of several by moving the offsets in their headers.
 
     A file is the header's length (8 bytes, little endian), the header (JSON), and the data.
-
-    Returns:
-        The names in it, and the bytes of its data.
     """
     header: dict[str, Any] = {}
     starts, end = [], 0
     for part in parts:
-        with part.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
+        entries, start = _header(part)
         for name, entry in entries.items():
             header[name] = {**entry, "data_offsets": [end + o for o in entry["data_offsets"]]}
-        starts.append(8 + length)
-        end += part.stat().st_size - starts[-1]
+        starts.append(start)
+        end += part.stat().st_size - start
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)
-    with target.open("wb") as output:
-        output.write(len(text).to_bytes(8, "little") + text)
-        for part, start in zip(parts, starts, strict=True):
-            with part.open("rb") as file:
-                file.seek(start)
-                shutil.copyfileobj(file, output, 1 << 24)
-    _sync(target)
-    for part in parts:
-        part.unlink()
-    return list(header), end
+    total = hashlib.sha256()
+
+    def copy(path: Path) -> None:
+        with path.open("wb") as output:
+            total.update(len(text).to_bytes(8, "little") + text)
+            output.write(len(text).to_bytes(8, "little") + text)
+            for part, start in zip(parts, starts, strict=True):
+                with part.open("rb") as file:
+                    file.seek(start)
+                    while block := file.read(1 << 22):
+                        total.update(block)
+                        output.write(block)
+
+    write_file(target, copy)
+    return Part(target.name, target.stat().st_size, total.hexdigest())
 
 
-def _sync(path: Path) -> None:
-    """Wait until the file is on the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """The entries of a safetensors file, and where its data starts."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        entries = json.loads(opened.read(length))
+    entries.pop("__metadata__", None)
+    return entries, 8 + length
+
+
+def _contents(file: Path) -> tuple[list[str], int]:
+    """The names in a safetensors file, and the bytes of its data."""
+    entries, start = _header(file)
+    return list(entries), file.stat().st_size - start

@@ -1,23 +1,22 @@
 """quantize_checkpoint(): from float to 4 bits, one layer in memory. Read this first.
 
     hidden = embedding of the calibration windows
-    for each layer:
-        read its weights
+    for each layer:                                         (the next one is read meanwhile)
         for each group of linears that share an input:      (calib.capture walks the layer)
             Hessian of that input  ->  solver  ->  integer codes
             the layer gets the dequantized codes            (what follows sees what is stored)
-            the codes go to the output shard
+        codes and hidden states become durable              (while the next layer is at work)
     embedding, norm and head are copied; the finished folder is read back and compared.
 
 Every linear's error is compared with round-to-nearest on the same Hessian, and both numbers are
-reported.
+reported. A run that was stopped goes on behind its last finished layer (quant.resume).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,45 +24,27 @@ import torch
 from torch import Tensor
 
 from calib.capture import walk
+from calib.hidden import HiddenStates
 from calib.sampling import check_windows
 from quant.checkpoint import CheckpointReader
+from quant.checkpoint_writer import CheckpointWriter
 from quant.config import QuantConfig
+from quant.fingerprint import fingerprint
 from quant.formats import FORMATS
 from quant.geometry import check_shapes
+from quant.layer_reader import LINEARS, build_layer, read_layers
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
-from quant.output import whole_folder
+from quant.partial import partial_folder
 from quant.report import LinearReport, Report
+from quant.resume import Journal
+from quant.run_options import RunOptions, Step
 from quant.solvers import solve, solver_name
 from quant.solvers.gptq import GPTQOptions
 from quant.solvers.loss import relative_error
 from quant.solvers.rtn import RTNOptions
 from quant.sources import open_checkpoint
 from quant.verification import digest, verify
-
-
-@dataclass(frozen=True)
-class Step:
-    """Progress: a group of linears of one layer is solved."""
-
-    layer: int
-    num_layers: int
-    linears: tuple[LinearReport, ...]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run goes; the result does not depend on it.
-
-    Attributes:
-        device: where layers are computed, "cpu" or "cuda".
-        overwrite: replace the output folder if it exists.
-        on_step: called after each solved group.
-    """
-
-    device: str = "cpu"
-    overwrite: bool = False
-    on_step: Callable[[Step], None] = lambda step: None
 
 
 @dataclass
@@ -74,10 +55,14 @@ class _Run:
     llama: LlamaConfig
     config: QuantConfig
     solver: Any
-    device: torch.device
+    options: RunOptions
     writer: Any
-    digests: dict[str, str] = field(default_factory=dict)
-    linears: list[LinearReport] = field(default_factory=list)
+    journal: Journal
+    digests: dict[str, str] = field(default_factory=dict)  # of the layer at work
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.options.device)
 
 
 def quantize_checkpoint(
@@ -97,7 +82,7 @@ def quantize_checkpoint(
         windows: (windows, tokens) int64 token ids to calibrate on.
         config: bits, group size, symmetric.
         solver: the options of one of SOLVERS; their class says which.
-        run_options: device, overwrite, progress.
+        run_options: device, resume, memory, progress.
         attention_mask: (windows, tokens), 0 for padding, which must be on the right.
 
     Returns:
@@ -106,25 +91,50 @@ def quantize_checkpoint(
     Raises:
         ValueError: the checkpoint, settings or windows do not fit; a tensor or activation is not
             finite.
-        FileExistsError: `output` exists.
+        FileExistsError: `output` exists, or an earlier run that stopped.
+        BlockingIOError: another process works on the same output.
+        OSError: the disk is full; what is finished stays, and `resume` continues it.
     """
     start, output = time.perf_counter(), Path(output)
     reader, llama = _float_checkpoint(Path(model))
     check_shapes(llama, config)
     mask = check_windows(windows, attention_mask, llama.vocab_size)
     settings = {"solver": solver_name(solver), **vars(solver)}
-    with whole_folder(output, run_options.overwrite) as folder, torch.inference_mode():
-        writer = FORMATS["autogptq"].Writer(folder, config, settings)
-        run = _Run(reader, llama, config, solver, torch.device(run_options.device), writer)
-        for step in _layers(run, windows, mask):
-            run_options.on_step(step)
-        _copy_plain(run)
-        writer.close(reader.config)
-        reader.copy_companions(folder)
-        verify(folder, run.digests)
-        report = Report.of_run(reader.path, output, config, settings, windows, run.linears, start)
+    all_settings = {**asdict(config), **settings, **run_options.numerics()}
+    marks = fingerprint(reader, windows, mask, all_settings)
+    with (
+        partial_folder(output, run_options.resume, run_options.overwrite) as folder,
+        torch.inference_mode(),
+    ):
+        shards = CheckpointWriter(folder)
+        writer = FORMATS["autogptq"].Writer(folder, config, settings, shards)
+        journal = Journal(folder, marks, shards)
+        run = _Run(reader, llama, config, solver, run_options, writer, journal)
+        try:
+            _fill(run, windows, mask)
+        finally:
+            journal.close()
+        linears = [LinearReport.from_dict(d) for layer in journal.layers for d in layer.linears]
+        report = Report.of_run(reader.path, output, config, settings, windows, linears, start)
         report.write(folder)
+        journal.forget_hidden()
     return report
+
+
+def _fill(run: _Run, windows: Tensor, mask: Tensor | None) -> None:
+    """Write the whole checkpoint, or what an earlier run left to do."""
+    journal = run.journal
+    journal.resume()
+    if len(journal.layers) < run.llama.num_hidden_layers:
+        for step in _layers(run, windows, mask):
+            run.options.on_step(step)
+        journal.wait()
+    if len(journal.layers) == run.llama.num_hidden_layers:
+        _copy_plain(run)
+        journal.commit([], {})
+    run.writer.close(run.reader.config)
+    run.reader.copy_companions(journal.folder)
+    verify(journal.folder, {k: v for layer in journal.layers for k, v in layer.digests.items()})
 
 
 def _float_checkpoint(path: Path) -> tuple[CheckpointReader, LlamaConfig]:
@@ -138,48 +148,43 @@ def _float_checkpoint(path: Path) -> tuple[CheckpointReader, LlamaConfig]:
 
 
 def _layers(run: _Run, windows: Tensor, mask: Tensor | None) -> Iterator[Step]:
-    """Quantize all layers; a Step after each group."""
-    embedding = run.reader.tensor("model.embed_tokens.weight")
-    hidden = embedding[windows].float()  # (windows, tokens, hidden_size)
-    del embedding
-    for index in range(run.llama.num_hidden_layers):
-        layer = _read_layer(run, index)
-        walking = walk(layer, hidden, mask, run.device)
+    """Quantize the layers that are not finished yet; a Step after each group."""
+    states, first = _hidden_states(run, windows), len(run.journal.layers)
+    for index, tensors in read_layers(run.reader, run.llama, first):
+        prefix = f"model.layers.{index}."
+        for name, tensor in tensors.items():
+            if name.removesuffix(".weight") not in LINEARS:  # norms and biases stay as they are
+                run.writer.add_plain(prefix + name, tensor)
+        layer = build_layer(run.llama, tensors, run.device)
+        done: list[LinearReport] = []
+        walking = walk(layer, states, mask, run.device, run.options.budget)
         for group, hessian in zip(LINEAR_GROUPS, walking, strict=True):
-            prefix = f"model.layers.{index}."
             if not torch.isfinite(hessian.matrix.diagonal()).all():
                 raise ValueError(
                     f"{prefix}{group[0]}: its input is not finite; the model overflows here, or "
                     "the layer is damaged"
                 )
             linears = _solve_group(run, layer, prefix, group, hessian.matrix, hessian.tokens)
-            run.linears += linears
+            done += linears
             yield Step(index, run.llama.num_hidden_layers, tuple(linears))
-        run.writer.flush()
+        run.journal.commit_later([asdict(linear) for linear in done], run.digests, states)
+        run.digests = {}
+
+
+def _hidden_states(run: _Run, windows: Tensor) -> HiddenStates:
+    """The input of the first layer to do: the embedding's, or those kept by an earlier run."""
+    llama = run.llama
+    widest = llama.num_attention_heads * llama.head_dim
+    count, tokens = windows.shape
+    states = HiddenStates(count, tokens, llama.hidden_size, widest, run.options.storage)
+    if run.journal.layers:
+        run.journal.load_hidden(states)
+    else:
+        embedding = run.reader.tensor("model.embed_tokens.weight")
+        states.set_windows(embedding[window] for window in windows)
+        del embedding
         run.reader.release()
-
-
-def _read_layer(run: _Run, index: int) -> DecoderLayer:
-    """Layer `index` in float32 on the device; its norms and biases go to the output as they are."""
-    prefix = f"model.layers.{index}."
-    with torch.device("meta"):
-        layer = DecoderLayer(run.llama)
-    linears = {name for group in LINEAR_GROUPS for name in group}
-    state = {}
-    for name, empty in layer.state_dict().items():
-        tensor = run.reader.tensor(prefix + name)
-        if tensor.shape != empty.shape:
-            raise ValueError(
-                f"{prefix}{name}: shape {tuple(tensor.shape)} in the file, {tuple(empty.shape)} "
-                "by config.json"
-            )
-        state[name] = tensor.to(run.device, torch.float32)
-        if not torch.isfinite(state[name]).all():
-            raise ValueError(f"{prefix}{name}: holds NaN or inf; the checkpoint is damaged")
-        if name.removesuffix(".weight") not in linears:
-            run.writer.add_plain(prefix + name, tensor)
-    layer.load_state_dict(state, assign=True)
-    return layer
+    return states
 
 
 def _solve_group(

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from quant.llama.model import LINEAR_GROUPS
-from quant.pipeline import Step
+from quant.run_options import Step
 
 
 class StepPrinter:

@@ -10,7 +10,6 @@ import platform
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quant.config import QuantConfig
+from quant.fingerprint import own_version
 
 FILE_NAME = "quantize_report.json"
 
@@ -35,6 +35,11 @@ class LinearReport:
     tokens: int
     in_features: int
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> LinearReport:
+        """What `asdict` and JSON made of one."""
+        return cls(**{**stored, "notes": tuple(stored["notes"])})
 
     @property
     def warnings(self) -> list[str]:
@@ -88,7 +93,7 @@ class Report:
             seconds=round(time.perf_counter() - start, 2),
             peak_memory_bytes=peak_memory_bytes(),
             versions={
-                "llama-gptq": _own_version(),
+                "llama-gptq": own_version(),
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
@@ -132,10 +137,3 @@ def peak_memory_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _own_version() -> str:
-    try:
-        return version("llama-gptq")
-    except PackageNotFoundError:
-        return "source"

@@ -10,6 +10,7 @@ import torch
 
 from calib import capture
 from calib.hessian import Hessian
+from calib.hidden import HiddenStates, Storage
 from calib.sampling import token_windows
 from calib.sources import SOURCES, documents, stdlib
 from quant.llama.config import LlamaConfig
@@ -59,23 +60,28 @@ def test_hessian_is_the_sum_over_kept_tokens() -> None:
         whole.merge(Hessian(9))
 
 
-@pytest.mark.parametrize("keep_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 19, 1 << 30])  # none, one batch of three, all
+@pytest.mark.parametrize(("spill", "head_dim"), [(False, 8), (True, 8), (False, 16), (True, 4)])
 def test_walk_computes_the_layer_and_sees_replaced_weights(
-    monkeypatch: pytest.MonkeyPatch, keep_bytes: int
+    tmp_path: Path, keep_bytes: int, spill: bool, head_dim: int
 ) -> None:
-    monkeypatch.setattr(capture, "KEEP_BYTES", keep_bytes)
-    config = LlamaConfig(64, 32, 48, 1, 4, 2, 8)
+    config = LlamaConfig(64, 32, 48, 1, 4, 2, head_dim)
     torch.manual_seed(0)
     layer = DecoderLayer(config).requires_grad_(False)
     hidden = torch.randn(5, 1000, 32)  # more than one batch
     start = hidden.clone()
+    storage = Storage(spill=tmp_path if spill else None)
+    states = HiddenStates(5, 1000, 32, 4 * head_dim, storage)
+    states.set_windows(hidden)
     seen: dict[str, torch.Tensor] = {}
-    for group, hessian in zip(LINEAR_GROUPS, capture.walk(layer, hidden), strict=True):
+    walking = capture.walk(layer, states, budget=capture.Budget(keep_bytes=keep_bytes))
+    for group, hessian in zip(LINEAR_GROUPS, walking, strict=True):
         assert hessian.tokens == 5000
         seen[group[0]] = hessian.matrix.clone()
         for name in group:
             layer.linear(name).weight.mul_(1.1)
-    assert (hidden - layer(start)).abs().max() < 1e-4
+    assert (states.output() - layer(start)).abs().max() < 1e-4
+    assert torch.equal(states.next.read(slice(None), 32), start)  # the input is left alone
     for group in LINEAR_GROUPS:  # the inputs that a plain forward of the replaced layer shows
         caught: list[torch.Tensor] = []
         handle = layer.linear(group[0]).register_forward_pre_hook(

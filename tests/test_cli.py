@@ -166,8 +166,8 @@ def test_a_full_disk_leaves_nothing(make_checkpoint: Make, tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_ctrl_c_leaves_nothing(make_checkpoint: Make, tmp_path: Path) -> None:
-    source = make_checkpoint(num_hidden_layers=60)
+def test_ctrl_c_keeps_what_is_finished(make_checkpoint: Make, tmp_path: Path) -> None:
+    source = make_checkpoint(num_hidden_layers=30)
     (tmp_path / "here").mkdir()
     command = [sys.executable, str(ROOT / "cli.py"), *quick(source)]
     with subprocess.Popen(
@@ -177,9 +177,16 @@ def test_ctrl_c_leaves_nothing(make_checkpoint: Make, tmp_path: Path) -> None:
         first = run.stderr.readline()
         run.send_signal(signal.SIGINT)
         rest = run.stderr.read()
-    assert "layer 1/60" in first
-    assert run.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
-    assert list((tmp_path / "here").iterdir()) == []
+    assert "layer 1/30" in first
+    assert run.returncode == 130 and "Traceback" not in rest
+    assert "finished layers are kept in out.partial; continue with the same command" in rest
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["out.partial"]
+    again = cli(*quick(source), cwd=tmp_path / "here")
+    assert again.returncode == 2 and "pass --resume to continue it, or --overwrite" in again.stderr
+    other = cli(*quick(source), "--resume", "--damp", 0.02, cwd=tmp_path / "here")
+    assert other.returncode == 2 and "damp was 0.01, now 0.02" in other.stderr
+    assert len(other.stderr.splitlines()) == 1
+    assert cli(*quick(source), "--resume", cwd=tmp_path / "here").returncode == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")

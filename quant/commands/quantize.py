@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quant.commands.options import BUNDLED, INPUT, OUTPUT, Device
+from quant.commands.options import BUNDLED, INPUT, OUTPUT, RUNTIME, Device
 
 GRID, CALIBRATION, SOLVING = "Grid", "Calibration", "Solving"
 Source = Annotated[
@@ -27,6 +27,28 @@ Output = Annotated[
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace the folder if it exists.", rich_help_panel=OUTPUT),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Continue a run that stopped; start if there is none.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Hidden = Annotated[
+    str,
+    typer.Option(
+        help="Activations between layers: float32, or bfloat16 for half the memory.",
+        rich_help_panel=RUNTIME,
+    ),
+]
+Spill = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for the activations between layers, instead of memory.",
+        rich_help_panel=RUNTIME,
+    ),
 ]
 Bits = Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.", rich_help_panel=GRID)]
 GroupSize = Annotated[
@@ -78,6 +100,7 @@ def quantize(
     model: Source = BUNDLED,
     output: Output = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
     bits: Bits = 4,
     group_size: GroupSize = 128,
     sym: Symmetric = True,
@@ -89,13 +112,15 @@ def quantize(
     act_order: ActOrder = True,
     damp: Damp = 0.01,
     device: Device = "auto",
+    hidden: Hidden = "float32",
+    spill: Spill = None,
 ) -> None:
     """Quantize a float checkpoint, layer by layer, into a folder that GPTQ readers load."""
     from quant.config import QuantConfig
     from quant.llama.config import LlamaConfig
     from quant.loader import resolve_device
     from quant.output import refuse_existing
-    from quant.pipeline import RunOptions
+    from quant.run_options import RunOptions
     from quant.sources import open_checkpoint
 
     llama = LlamaConfig.from_dict(open_checkpoint(model).config)
@@ -109,7 +134,8 @@ def quantize(
     windows = _windows(model, sources, samples, length, seed)
     data = f"{windows.numel()} tokens of {' '.join(sources)}"
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
-    run_options = RunOptions(resolve_device(device), overwrite)
+    storage = _storage(hidden, spill)
+    run_options = RunOptions(resolve_device(device), overwrite, resume, storage)
     _run(model, output, windows, config, solver_options, run_options)
 
 
@@ -141,6 +167,17 @@ def _solver_options(solver: str, act_order: bool, damp: float) -> Any:
     return GPTQOptions(act_order, damp) if solver == "gptq" else SOLVERS[solver][1]()
 
 
+def _storage(hidden: str, spill: Path | None) -> Any:
+    """Dtype and place of the activations between layers."""
+    import torch
+
+    from calib.hidden import Storage
+
+    if hidden not in ("float32", "bfloat16"):
+        raise ValueError(f"hidden {hidden!r} is not supported; there are float32 and bfloat16")
+    return Storage(getattr(torch, hidden), spill)
+
+
 def _windows(model: Path, sources: list[str], samples: int, length: int, seed: int) -> Any:
     """Calibration windows (samples, length) of the model's own tokens."""
     from calib.sampling import token_windows
@@ -155,12 +192,23 @@ def _run(
 ) -> None:
     """Quantize with progress on stderr; then say what came out."""
     from quant.output import remember
+    from quant.partial import partial_path
     from quant.pipeline import quantize_checkpoint
     from quant.progress import StepPrinter
 
-    with StepPrinter() as printer:
-        run_options = replace(run_options, on_step=printer)
-        report = quantize_checkpoint(model, output, windows, config, solver, run_options)
+    try:
+        with StepPrinter() as printer:
+            run_options = replace(run_options, on_step=printer)
+            report = quantize_checkpoint(model, output, windows, config, solver, run_options)
+    except KeyboardInterrupt:
+        if not partial_path(output).exists():
+            raise
+        print(
+            f"interrupted; finished layers are kept in {partial_path(output)}; continue with the "
+            "same command and --resume",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
     for line in report.warnings:
         print(f"warning: {line}", file=sys.stderr)
     remember(output)

@@ -1,0 +1,77 @@
+"""What decides the numbers of a run, by field: a run is continued only where all are equal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant import native
+from quant.checkpoint import CheckpointReader
+
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
+
+
+def fingerprint(
+    reader: CheckpointReader, windows: Tensor, mask: Tensor | None, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The fields, ready for JSON: model, weights, windows, every setting, and the code."""
+    ids = hashlib.sha256(windows.numpy().tobytes())
+    if mask is not None:
+        ids.update(mask.numpy().tobytes())
+    shape = " x ".join(map(str, windows.shape))
+    return {
+        "model config": _short(json.dumps(reader.config, sort_keys=True).encode()),
+        "weights": _short(b"".join(_sampled(file) for file in reader.files())),
+        "calibration windows": f"{shape}, {ids.hexdigest()[:16]}",
+        **settings,
+        "code": f"{own_version()}, {_source_hash()}",
+        "torch": torch.__version__,
+    }
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first field that differs, with both values; None if all are equal."""
+    for field in [*new, *old]:
+        if old.get(field) != new.get(field):
+            return f"{field} was {old.get(field)}, now {new.get(field)}"
+    return None
+
+
+def own_version() -> str:
+    """The installed version of this package."""
+    try:
+        return version("llama-gptq")
+    except PackageNotFoundError:
+        return "source"
+
+
+def _sampled(file: Path) -> bytes:
+    """A hash of a weight file's size, its start (which names the tensors) and evenly spread samples
+    of the rest: enough to tell models apart without reading them.
+    """
+    size = file.stat().st_size
+    total = hashlib.sha256(f"{file.name} {size}".encode())
+    with file.open("rb") as opened:
+        total.update(opened.read(1 << 20))
+        for sample in range(_SAMPLES):
+            opened.seek(max(0, size - _SAMPLE_BYTES) * sample // max(1, _SAMPLES - 1))
+            total.update(opened.read(_SAMPLE_BYTES))
+    return total.digest()
+
+
+def _source_hash() -> str:
+    """A hash of this package's own sources and native library."""
+    root = Path(__file__).parents[1]
+    files = [*root.glob("quant/**/*.py"), *root.glob("calib/**/*.py")]
+    files += [file for folder in native.__path__ for file in Path(folder).glob("libkern.*")]
+    return _short(b"".join(file.read_bytes() for file in sorted(files)))
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

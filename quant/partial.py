@@ -1,0 +1,100 @@
+"""The folder a run works in: it outlives a crash, and has one owner at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from quant.durable import sync, sync_folder
+from quant.output import refuse_existing
+
+STATE = "state.json"  # what a run has finished; it makes a partial folder worth keeping
+_LOCK = "lock"
+
+
+@contextmanager
+def partial_folder(path: Path, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
+    """The folder beside `path` in which a run works; it is renamed to `path` when the block ends
+    well. After a failure it stays if a layer was finished, so that the run can be resumed.
+
+    Args:
+        path: the output.
+        resume: continue in the folder of an earlier run, if there is one.
+        overwrite: replace `path`, and throw away the folder of an earlier run unless resumed.
+
+    Raises:
+        FileExistsError: `path`, or the folder of an earlier run, exists.
+        BlockingIOError: another process works on the same output.
+    """
+    refuse_existing(path, overwrite)
+    partial = partial_path(path)
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = _lock(partial, path)
+    try:
+        if (partial / STATE).exists() and not (resume or overwrite):
+            raise FileExistsError(
+                f"{partial}: an earlier run stopped here; pass --resume to continue it, or "
+                "--overwrite to start again"
+            )
+        if not resume or not (partial / STATE).exists():
+            _empty(partial)
+        yield partial
+        _publish(partial, path)
+    finally:
+        if partial.exists() and not (partial / STATE).exists():
+            shutil.rmtree(partial)
+        lock.close()
+    for name in (STATE, _LOCK):
+        (path / name).unlink(missing_ok=True)
+
+
+def partial_path(path: Path) -> Path:
+    """Where a run works whose output will be `path`."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Give the finished folder its name; what had it is removed afterwards."""
+    for file in partial.iterdir():
+        if file.name != _LOCK:
+            sync(file)
+    old = path.with_name(f"{path.name}.old")
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _empty(partial: Path) -> None:
+    """Remove everything but the lock."""
+    for file in partial.iterdir():
+        if file.name != _LOCK:
+            file.unlink()
+
+
+def _lock(partial: Path, path: Path) -> IO[bytes]:
+    """Open the folder's lock file and hold it; the system lets go of it when the process ends."""
+    file = (partial / _LOCK).open("ab")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), (partial / _LOCK).stat()):
+                raise BlockingIOError
+    except OSError:
+        file.close()
+        raise BlockingIOError(
+            f"{path}: another process is making this checkpoint; wait for it, or choose another "
+            "--output"
+        ) from None
+    return file

@@ -1,0 +1,203 @@
+"""What of a run is durable, so that it can be killed at any moment and continued.
+
+A finished layer reaches the disk in this order, while the next one is computed:
+
+    1. its tensors, as part files of the checkpoint
+    2. the hidden states behind it; those behind the layer before it stay until the next layer
+    3. state.json, which lists both with their SHA-256
+
+Each file is written under another name, synced and renamed. On --resume everything listed is read
+back. The run continues behind the last layer for which all parts and the hidden states are whole;
+so a torn part costs one layer. The tensors come out byte for byte as those of an undisturbed run,
+because the same batches are computed from the same hidden states by the same code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calib.hidden import HiddenStates
+from quant.checkpoint import read_json
+from quant.checkpoint_writer import CheckpointWriter, Part
+from quant.durable import file_sha256, write_file
+from quant.fingerprint import difference
+from quant.partial import STATE
+
+
+@dataclass
+class Finished:
+    """One layer: its files, what the report says of it, and the digests of its linears."""
+
+    parts: list[Part]
+    linears: list[dict[str, Any]]
+    digests: dict[str, str]
+
+
+@dataclass
+class Journal:
+    """The durable state of a run in its partial folder.
+
+    Attributes:
+        folder: where parts, hidden states and state.json are.
+        fingerprint: what a run must have in common with the one it continues.
+        writer: writes the parts.
+        layers: the finished layers; one more record follows for the embedding, norm and head.
+        hidden: (layers before it, file) of the hidden states kept.
+    """
+
+    folder: Path
+    fingerprint: dict[str, Any]
+    writer: CheckpointWriter
+    layers: list[Finished] = field(default_factory=list)
+    hidden: dict[int, Part] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+        self.writer.on_shard = self._write_state
+
+    def resume(self) -> None:
+        """Take over what an earlier run left in the folder, if it left anything.
+
+        Raises:
+            ValueError: it was another model, other data, settings or code; nothing is touched.
+        """
+        if not (self.folder / STATE).exists():
+            return
+        state = read_json(self.folder / STATE)
+        if changed := difference(state["fingerprint"], self.fingerprint):
+            raise ValueError(
+                f"{self.folder}: cannot be continued, {changed}; change it back, or pass "
+                "--overwrite to start again"
+            )
+        self.writer.shards = [Part(**shard) for shard in state["shards"]]
+        for layer in state["layers"]:
+            layer["parts"] = [Part(**part) for part in layer["parts"]]
+            self.layers.append(Finished(**layer))
+        self.hidden = {int(before): Part(**file) for before, file in state["hidden"].items()}
+        self._list_parts()
+        self._drop_damaged()
+        self._list_parts()
+        self._remove_strangers()
+
+    def load_hidden(self, states: HiddenStates) -> None:
+        """Read the hidden states behind the last finished layer."""
+        with (self.folder / self.hidden[len(self.layers)].name).open("rb") as file:
+            for window in range(states.windows):
+                states.restore(window, bytearray(file.read(states.window_bytes)))
+
+    def commit(self, linears: list[dict[str, Any]], digests: dict[str, str]) -> None:
+        """Make what was added to the writer durable, without hidden states, before returning."""
+        self.commit_later(linears, digests, None)
+        self.wait()
+
+    def commit_later(
+        self, linears: list[dict[str, Any]], digests: dict[str, str], states: HiddenStates | None
+    ) -> None:
+        """Make a layer durable while the caller goes on; first waits for the layer before it, so
+        that `states.present` is saved before it is used again.
+        """
+        self.wait()
+        job = (self.writer.take(), linears, digests, states)
+        self._writing = self._pool.submit(self._commit, *job)
+
+    def wait(self) -> None:
+        """Wait until what was handed over is durable.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Finish what is under way and stop the thread."""
+        self._pool.shutdown(wait=True)
+
+    def forget_hidden(self) -> None:
+        """Remove the hidden states: the checkpoint is finished."""
+        self.hidden = {}
+        self._write_state()
+        for file in self.folder.glob("hidden-*"):
+            file.unlink()
+
+    def _commit(
+        self,
+        write: Callable[[], list[Part]],
+        linears: list[dict[str, Any]],
+        digests: dict[str, str],
+        states: HiddenStates | None,
+    ) -> None:
+        before = len(self.layers) + 1
+        parts = write()
+        if states is not None:
+            self.hidden = {key: file for key, file in self.hidden.items() if key == before - 1}
+            self.hidden[before] = self._save_hidden(states, before)
+        self.layers.append(Finished(parts, linears, digests))
+        self._write_state()
+
+    def _save_hidden(self, states: HiddenStates, before: int) -> Part:
+        """Write the hidden states over the older of the two that are kept."""
+        file = self.folder / f"hidden-{before % 2}"
+
+        def write(path: Path) -> None:
+            with path.open("wb") as opened:
+                for chunk in states.chunks():
+                    opened.write(chunk)
+
+        write_file(file, write)
+        return Part(file.name, file.stat().st_size, file_sha256(file))
+
+    def _write_state(self) -> None:
+        state = {
+            "fingerprint": self.fingerprint,
+            "layers": [asdict(layer) for layer in self.layers],
+            "hidden": {key: asdict(file) for key, file in self.hidden.items()},
+            "shards": [asdict(shard) for shard in self.writer.shards],
+        }
+        text = json.dumps(state).encode()
+
+        def write(path: Path) -> None:
+            path.write_bytes(text)
+
+        write_file(self.folder / STATE, write)
+
+    def _drop_damaged(self) -> None:
+        """Go back to the last layer with whole parts before it and whole hidden states behind it;
+        to the start if the parts are being joined to shards already and one of these is damaged.
+        """
+        if self.writer.shards:
+            files = [*self.writer.shards, *self.writer.unjoined()]
+            if not all(file.is_whole(self.folder) for file in files):
+                self.writer.shards, self.layers = [], []
+            return
+        whole = 0
+        while whole < len(self.layers) and self._is_whole(self.layers[whole]):
+            whole += 1
+        while whole and not self._has_hidden(whole):
+            whole -= 1
+        self.layers = self.layers[:whole]
+
+    def _list_parts(self) -> None:
+        self.writer.parts = [part for layer in self.layers for part in layer.parts]
+
+    def _is_whole(self, layer: Finished) -> bool:
+        return all(part.is_whole(self.folder) for part in layer.parts)
+
+    def _has_hidden(self, before: int) -> bool:
+        return before in self.hidden and self.hidden[before].is_whole(self.folder)
+
+    def _remove_strangers(self) -> None:
+        """Remove what a crash left behind and the state does not list."""
+        known = {STATE, "lock"} | {file.name for file in self.hidden.values()}
+        known |= {part.name for part in self.writer.parts}
+        known |= {shard.name for shard in self.writer.shards}
+        for file in self.folder.iterdir():
+            if file.name not in known:
+                file.unlink()
