@@ -83,10 +83,7 @@ class CheckpointWriter:
         """Make one part."""
         with self._lock:
             file = self.path / f"part-{len(self.parts) + 1:05d}.safetensors"
-            try:
-                write_file(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-            except (SafetensorError, OSError) as error:
-                raise OSError(f"{file}: cannot be written ({error}); is the disk full?") from error
+            write_file(file, lambda path: _save(tensors, path))
             part = Part(file.name, file.stat().st_size, file_sha256(file))
             self.parts.append(part)
             return part
@@ -135,6 +132,14 @@ class CheckpointWriter:
             f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)
         )
         return dict(zip(names, groups, strict=True))
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; a full disk is an OSError."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _join(parts: list[Path], target: Path) -> Part:

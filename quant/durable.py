@@ -11,12 +11,20 @@ TEMPORARY = ".tmp"
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file under a temporary name; then it is on the disk, and named `path`."""
+    """Let `write` make a file under a temporary name; then it is on the disk, and named `path`.
+
+    Raises:
+        OSError: it cannot be written; nothing of it stays.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
-    write(temporary)
-    sync(temporary)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    try:
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error}); is the disk full?") from error
 
 
 def sync(path: Path) -> None:
