@@ -118,6 +118,9 @@ def _put_plain(model: Llama, name: str, tensor: Tensor, device: torch.device) ->
         raise ValueError(
             f"{name}: the checkpoint has a tensor that a Llama of this config.json has not"
         ) from None
+    known = isinstance(expected, Tensor) or (attribute == "bias" and expected is None)
+    if not known or not tensor.is_floating_point():
+        raise ValueError(f"{name}: a tensor of {tensor.dtype} is not what a Llama has there")
     if isinstance(expected, Tensor) and expected.shape != tensor.shape:
         raise ValueError(
             f"{name}: shape {tuple(tensor.shape)} in the file, {tuple(expected.shape)} by "
@@ -148,8 +151,9 @@ class _QuantLinears:
 
     def add(self, name: str, qt: QuantizedTensor) -> None:
         """Take the weight of the linear of that name, after checking its shape."""
-        linear = self._model.get_submodule(name)
-        assert isinstance(linear, Linear)
+        linear = dict(self._model.named_modules()).get(name)
+        if not isinstance(linear, Linear):
+            raise ValueError(f"{name}: the checkpoint has codes for what is no linear of a Llama")
         expected = tuple(linear.weight.shape)
         if tuple(qt.codes.shape) != expected:
             raise ValueError(

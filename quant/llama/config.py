@@ -17,6 +17,9 @@ _REQUIRED = (
 )
 
 
+_LARGEST, _MOST_LAYERS = 1 << 24, 1 << 12
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Geometry and semantics of a Llama model; field names as in `config.json`."""
@@ -49,23 +52,32 @@ class LlamaConfig:
         """
         _refuse_other_models(raw)
         heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+        kv_heads, head_dim = raw.get("num_key_value_heads"), raw.get("head_dim")
         rope_theta, rope_type, rope_factor = _rope_settings(raw)
         eos = raw.get("eos_token_id", 2)
         config = cls(
             **{name: raw[name] for name in _REQUIRED},
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            num_key_value_heads=_size(
+                "num_key_value_heads", heads if kv_heads is None else kv_heads
+            ),
+            head_dim=_size("head_dim", hidden // heads if head_dim is None else head_dim),
+            max_position_embeddings=_size(
+                "max_position_embeddings", raw.get("max_position_embeddings", 2048), 1 << 31
+            ),
+            rms_norm_eps=_positive("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
             rope_theta=rope_theta,
             rope_type=rope_type,
             rope_factor=rope_factor,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            attention_bias=raw.get("attention_bias", False),
-            mlp_bias=raw.get("mlp_bias", False),
-            bos_token_id=raw.get("bos_token_id", 1),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            tie_word_embeddings=raw.get("tie_word_embeddings") is True,
+            attention_bias=raw.get("attention_bias") is True,
+            mlp_bias=raw.get("mlp_bias") is True,
+            bos_token_id=_ids("bos_token_id", raw.get("bos_token_id", 1))[0],
+            eos_token_ids=tuple(i for i in _ids("eos_token_id", eos) if i is not None),
         )
+        if config.head_dim % 2:
+            raise ValueError(
+                f"config.json: head_dim {config.head_dim} is odd; it cannot be rotated"
+            )
         if heads % config.num_key_value_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {heads} is not a multiple of "
@@ -88,10 +100,33 @@ def _refuse_other_models(raw: Mapping[str, Any]) -> None:
             f"config.json: hidden_act {activation!r} is not supported; Llama 2 uses 'silu'"
         )
     for name in _REQUIRED:
-        if not isinstance(raw.get(name), int) or raw[name] <= 0:
-            raise ValueError(
-                f"config.json: {name} is {raw.get(name)!r}; it must be a positive integer"
-            )
+        _size(name, raw.get(name), _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST)
+
+
+def _size(name: str, value: Any, most: int = _LARGEST) -> int:
+    """The value, if it is a size that a model can have: a file that lies must not make us build a
+    model of a million layers.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise ValueError(
+            f"config.json: {name} is {value!r:.40}; it must be a positive integer up to {most}"
+        )
+    return value
+
+
+def _positive(name: str, value: Any) -> float:
+    """The value, if it is a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise ValueError(f"config.json: {name} is {value!r:.40}; it must be a positive number")
+    return float(value)
+
+
+def _ids(name: str, value: Any) -> list[int | None]:
+    """A token id, or several, as a list; null is no id."""
+    ids = value if isinstance(value, list) and value else [value]
+    if not all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in ids):
+        raise ValueError(f"config.json: {name} is {value!r:.40}; it must be a token id, or a list")
+    return ids
 
 
 def _rope_settings(raw: Mapping[str, Any]) -> tuple[float, str, float]:
@@ -99,11 +134,16 @@ def _rope_settings(raw: Mapping[str, Any]) -> tuple[float, str, float]:
     `rope_scaling` (4).
     """
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"config.json: rope settings are {parameters!r:.40}, not an object")
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     if rope_type not in ("default", "linear", "dynamic"):
         raise ValueError(
             f"config.json: rope type {rope_type!r} is not supported; supported are default, "
             "linear and dynamic"
         )
-    theta = (raw.get("rope_parameters") or {}).get("rope_theta") or raw.get("rope_theta") or 10000.0
-    return float(theta), rope_type, float(parameters.get("factor") or 1.0)
+    theta = raw.get("rope_theta") or 10000.0
+    if raw.get("rope_parameters"):
+        theta = parameters.get("rope_theta") or theta
+    factor = _positive("rope factor", parameters.get("factor") or 1.0)
+    return _positive("rope_theta", theta), rope_type, factor

@@ -126,7 +126,7 @@ def _load_json(folder: Path) -> Tokenizer:
         raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer file ({error})") from None
     settings = _settings(folder)
     named = {key: _id_of(inner, settings.get(key)) for key in ("bos_token", "eos_token")}
-    adds_bos = settings.get("add_bos_token", "Llama" in settings.get("tokenizer_class", ""))
+    adds_bos = settings.get("add_bos_token", "Llama" in str(settings.get("tokenizer_class")))
     eos = named["eos_token"]
     return Tokenizer(
         _FastCodec(inner),
@@ -140,9 +140,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, or nothing."""
     file = folder / "tokenizer_config.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(settings).__name__}")
+    return settings
 
 
 def _id_of(inner: Any, token: Any) -> int | None:
