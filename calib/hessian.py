@@ -9,26 +9,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_PANELS = 8  # (8 + 1) / 16 of the products of a full one are made
+_LEAST_PANEL = 128  # columns that still multiply at full speed
+
 
 class Hessian:
-    """Running sum of x x^T.
+    """Running sum of x x^T, of which only the upper triangle is computed.
 
     Attributes:
-        matrix: (in_features, in_features) float32.
         tokens: how many x it holds.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.matrix = torch.zeros(in_features, in_features, device=device)
+        self._upper = torch.zeros(in_features, in_features, device=device)
+        self._mirrored = True
         self.tokens = 0
+
+    @property
+    def matrix(self) -> Tensor:
+        """(in_features, in_features) float32, symmetric; the sum itself, not a copy."""
+        if not self._mirrored:
+            for start, end in self._panels():
+                self._upper[end:, start:end] = self._upper[start:end, end:].T
+            self._mirrored = True
+        return self._upper
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Add the rows of x (..., in_features); rows where mask (...) is False (padding) are left
         out.
         """
         rows = x.reshape(-1, x.shape[-1]).float() if mask is None else x[mask.to(x.device)].float()
-        self.matrix.addmm_(rows.T, rows)
+        for start, end in self._panels():
+            self._upper[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
+        self._mirrored = False
         self.tokens += len(rows)
+
+    def _panels(self) -> list[tuple[int, int]]:
+        """(start, end) of the panels of rows; each reaches from the diagonal to the right."""
+        width = len(self._upper)
+        step = max(_LEAST_PANEL, -(-width // _PANELS))
+        return [(start, min(start + step, width)) for start in range(0, width, step)]
 
     def merge(self, other: Hessian) -> None:
         """Add another sum over other tokens.
@@ -36,10 +56,10 @@ class Hessian:
         Raises:
             ValueError: the sizes differ.
         """
-        if self.matrix.shape != other.matrix.shape:
+        if self._upper.shape != other._upper.shape:
             raise ValueError(
-                f"Hessians of {self.matrix.shape[0]} and {other.matrix.shape[0]} inputs cannot "
-                "be merged"
+                f"Hessians of {len(self._upper)} and {len(other._upper)} inputs cannot be merged"
             )
-        self.matrix += other.matrix
+        self._upper += other.matrix
+        self._mirrored = False
         self.tokens += other.tokens

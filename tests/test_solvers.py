@@ -67,7 +67,7 @@ def test_act_order_is_obq_on_sorted_columns() -> None:
 
 def test_worked_example() -> None:
     weight, hessian = torch.tensor([[0.4, 0.4]]), torch.tensor([[2.0, 1.0], [1.0, 1.0]])
-    R, _, _ = gptq.factor(hessian, 0.0)
+    R, _, _ = gptq.factor(hessian, torch.arange(2), 0.0)
     assert torch.equal(R, torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
     grid = Grid(torch.ones(1, 1), torch.full((1, 1), 8, dtype=torch.uint8), 4)
     codes = gptq._round_columns(weight, R, grid, torch.arange(2), 2, 128)

@@ -39,6 +39,19 @@ typedef struct {
     int64_t block;       /* inputs per scale */
 } kern_input;
 
+/* One block of columns of a weight that GPTQ rounds; matrices (columns, rows), rows contiguous. */
+#define SOLVE_MOST_COLUMNS 256
+typedef struct {
+    const float *values;         /* the weight with the errors of all earlier blocks */
+    const float *original;       /* the weight itself */
+    const float *ratio;          /* (columns, columns): [j][i] weighs the error of i < j in j */
+    const float *scales, *zeros; /* of each weight */
+    uint8_t *codes;              /* out */
+    float *errors;               /* out: original - scale * (code - zero) */
+    int64_t columns, rows;
+    float max_code;
+} kern_block;
+
 /* One instruction set. `tile` takes blocks of tile_rows[precision] rows, `multiply` panel_rows; the
  * last block may have fewer. */
 typedef struct {
@@ -56,6 +69,8 @@ typedef struct {
     /* out (rows, width) += x (count, rows) transposed times a panel (count, width), which is
      * panel_tiles wide. */
     void (*multiply)(int rows, const float *x, const float *panel, int64_t count, float *out);
+    /* GPTQ's loop for rows begin..end-1, at most 32. */
+    void (*round_rows)(const kern_block *b, int64_t begin, int64_t end);
 } kern_isa;
 
 extern const kern_isa kern_scalar, kern_avx2, kern_avxvnni, kern_avx512, kern_neon;
@@ -84,5 +99,8 @@ KERN_API void kern_use_pool(void *parallel_for, int threads);
  * columns, in order. 0, or -1 when memory is short. */
 KERN_API int kern_matmul(int precision, const kern_weight *w, const float *x, int64_t ldx,
                          const int32_t *gather, int64_t m, float *y);
+
+/* Round one block of columns. 0, or -1 where it has more than SOLVE_MOST_COLUMNS. */
+KERN_API int kern_round_block(const kern_block *b);
 
 #endif

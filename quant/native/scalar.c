@@ -1,6 +1,7 @@
 /* Plain C that reads like the formula: the fallback, and what the other files are compared with. */
 #include "kern.h"
 #include "quantize.h"
+#include "solve.h"
 
 static float half_to_float(uint16_t h) {
     int exponent = h >> 10 & 31, fraction = h & 1023;
@@ -90,4 +91,5 @@ static void multiply(int rows, const float *x, const float *panel, int64_t count
                 out[r * TILE + c] += x[k * rows + r] * panel[k * TILE + c];
 }
 
-const kern_isa kern_scalar = {"scalar", {4, 4, 4}, 4, 1, prepare_row, tile_rows, panel, multiply};
+const kern_isa kern_scalar = {"scalar", {4, 4, 4}, 4, 1, prepare_row, tile_rows, panel, multiply,
+                              round_rows};

@@ -273,4 +273,4 @@ static void multiply(int rows, const float *x, const float *panel, int64_t count
     {name,        {TILE_ROWS_EXACT, TILE_ROWS_FAST, TILE_ROWS_FAST},                               \
      PANEL_ROWS,  PANEL_TILES,                                                                     \
      prepare_row, tile_rows,                                                                       \
-     panel,       multiply}
+     panel,       multiply,  round_rows}

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from quant.config import QuantConfig
 from quant.grid import Grid, QuantizedTensor, fit_minmax
+from quant.native import solving
 from quant.solvers.loss import Solution
 from quant.solvers.scale_search import fit_weighted
 
@@ -77,19 +78,10 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpt
     """
     if not torch.isfinite(weight).all() or not torch.isfinite(hessian.diagonal()).all():
         raise ValueError("GPTQ: the weight or the Hessian is not finite")
-    H = hessian.clone()
-    diagonal = H.diagonal()
-    dead = diagonal <= 0
-    diagonal[dead] = diagonal.mean().clamp(
-        min=1e-12
-    )  # a channel that is never active: round it, spread nothing
-    order = torch.arange(len(H), device=H.device)
+    order = torch.arange(len(hessian), device=hessian.device)
     if options.act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
-        H = H[order][:, order]
-    R, damp, notes = factor(H, options.damp)
-    if dead.any():
-        notes += (f"{int(dead.sum())} of {len(dead)} input channels are never active",)
+    R, damp, notes = factor(hessian, order, options.damp)
     grid = _fit(weight, hessian, config, options)
     codes = _round_columns(
         weight, R, grid, order, config.width(weight.shape[1]), options.block_size
@@ -104,24 +96,32 @@ def _fit(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpti
     return fit_weighted(weight, hessian.diagonal(), config, signed=options.scales == "signed")
 
 
-def factor(H: Tensor, damp: float) -> tuple[Tensor, float, tuple[str, ...]]:
-    """R upper triangular with R R^T = H + damp * mean(diag H) * I.
+def factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float, tuple[str, ...]]:
+    """R upper triangular with R R^T = H + damp * mean(diag H) * I, H in the given order.
 
-    If float32 finds H not positive definite, float64 is tried, then ten times the damping, and so
-    on.
+    An input that is never active gets the mean diagonal: it is rounded and spreads nothing. If
+    float32 finds H not positive definite, float64 is tried, then ten times the damping, and so on.
+    The Cholesky factor L of the matrix with its rows and columns reversed is R reversed.
 
     Returns:
-        R in H's dtype, the damping used, and a note for every retry.
+        R in H's dtype, the damping used, and a note for every departure.
     """
     notes: tuple[str, ...] = ()
-    mean = H.diagonal().double().mean()
+    diagonal = hessian.diagonal()[order]
+    dead = diagonal <= 0
+    diagonal = torch.where(dead, diagonal.mean().clamp(min=1e-12), diagonal)
+    if dead.any():
+        notes += (f"{int(dead.sum())} of {len(dead)} input channels are never active",)
+    mean = diagonal.double().mean()
+    backwards = order.flip(0)
     while True:
-        for dtype in (H.dtype, torch.float64):
-            flipped = H.flip(0, 1).to(dtype)
-            flipped.diagonal().add_((damp * mean).to(dtype))
+        for dtype in (hessian.dtype, torch.float64):
+            flipped = hessian.index_select(0, backwards).index_select(1, backwards).to(dtype)
+            damped = diagonal.flip(0).to(dtype) + (damp * mean).to(dtype)
+            flipped.diagonal().copy_(damped)
             lower, failed = torch.linalg.cholesky_ex(flipped)
             if not failed.item() and torch.isfinite(lower.diagonal()).all():
-                return lower.flip(0, 1).to(H.dtype), damp, notes
+                return lower.flip(0, 1).to(hessian.dtype), damp, notes
             if dtype != torch.float64:
                 notes += (f"Cholesky failed in float32 at damping {damp:g}; retried in float64",)
         damp = max(10 * damp, 1e-4)
@@ -138,25 +138,24 @@ def _round_columns(
     columns = weight.T[order].contiguous()  # (in, out)
     groups = order // width
     scales, zeros = grid.scales.T.contiguous(), grid.zeros.T.float().contiguous()  # (groups, out)
-    ratio = R / R.diagonal()  # R_kj / R_jj
+    ratio = R.div_(R.diagonal().clone())  # R_kj / R_jj
     errors = torch.empty_like(columns)  # w_k - q_k
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
     for start in range(0, len(columns), block_size):
         end = min(start + block_size, len(columns))
-        block = columns[start:end].clone()
+        values = columns[start:end]
         if start:
-            block.addmm_(ratio[:start, start:end].T, errors[:start])
-        block_scales, block_zeros = scales[groups[start:end]], zeros[groups[start:end]]
-        _round_block(
-            block,
+            values = torch.addmm(values, ratio[:start, start:end].T, errors[:start])
+        of_block = groups[start:end]
+        round_block = solving.round_block if solving.can_round(values) else _round_block
+        codes[start:end], errors[start:end] = round_block(
+            values,
             columns[start:end],
             ratio[start:end, start:end],
-            block_scales,
-            block_zeros,
+            scales[of_block],
+            zeros[of_block],
             grid.max_code,
         )
-        codes[start:end] = block.to(torch.uint8)
-        errors[start:end] = columns[start:end] - block_scales * (block - block_zeros)
     result = torch.empty_like(codes)
     result[order] = codes
     return result.T.contiguous()
@@ -164,15 +163,17 @@ def _round_columns(
 
 def _round_block(
     values: Tensor, original: Tensor, ratio: Tensor, scales: Tensor, zeros: Tensor, max_code: int
-) -> None:
-    """Round the columns of one block in turn; `values` (block, out) holds v_j on entry and the
-    codes on return.
+) -> tuple[Tensor, Tensor]:
+    """Round the columns of one block in turn, (block, out): what native/solve.h does, in torch.
+
+    Returns:
+        Codes uint8 and errors w - q.
     """
-    inverse_scales = 1 / scales
-    errors = torch.empty_like(values)
+    codes, errors = values.clone(), torch.empty_like(values)
     for j in range(len(values)):
-        value = values[j]
+        code = codes[j]
         if j:
-            value.addmv_(errors[:j].T, ratio[:j, j])
-        value.mul_(inverse_scales[j]).round_().add_(zeros[j]).clamp_(0, max_code)
-        torch.sub(value, zeros[j], out=errors[j]).mul_(scales[j]).neg_().add_(original[j])
+            code.addmv_(errors[:j].T, ratio[:j, j])
+        code.mul_(1 / scales[j]).round_().add_(zeros[j]).clamp_(0, max_code)
+        torch.sub(code, zeros[j], out=errors[j]).mul_(scales[j]).neg_().add_(original[j])
+    return codes.to(torch.uint8), errors

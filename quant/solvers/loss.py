@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from quant.grid import QuantizedTensor
@@ -26,14 +27,37 @@ class Solution:
     notes: tuple[str, ...] = ()
 
 
+_PANEL = 512  # columns of a product: each is computed for half of the symmetric matrix
+
+
+def output_energy(rows: Tensor, hessian: Tensor) -> Tensor:
+    """tr(A H A^T) row by row: the energy of what the rows make of the data.
+
+    The symmetric H is read as panels of its lower triangle: every panel left of the diagonal counts
+    twice, so that half of the products are made.
+
+    Args:
+        rows: (out, in) float32.
+        hessian: (in, in) float32, symmetric.
+
+    Returns:
+        (out,) float64; products in float32, sums over panels in float64.
+    """
+    total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], _PANEL):
+        part = rows[:, start : start + _PANEL]
+        square = part @ hessian[start : start + _PANEL, start : start + _PANEL]
+        left = rows[:, :start] @ hessian[:start, start : start + _PANEL]
+        total += ((square + 2 * left) * part).sum(1, dtype=torch.float64)
+    return total
+
+
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """tr(E H E^T) / tr(W H W^T) with E = W - Q: the share of the output's energy that is lost.
 
     Args:
         weight, quantized: (out, in) float32.
-        hessian: (in, in) float32. Products in float32, the final sums in float64.
+        hessian: (in, in) float32.
     """
-    error = weight - quantized
-    lost = ((error @ hessian) * error).double().sum().item()
-    energy = ((weight @ hessian) * weight).double().sum().item()
-    return lost / energy if energy > 0 else 0.0
+    energy = output_energy(weight, hessian).sum().item()
+    return output_energy(weight - quantized, hessian).sum().item() / energy if energy > 0 else 0.0

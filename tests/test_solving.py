@@ -1,0 +1,153 @@
+"""pytest tests/test_solving.py: the native column loop against torch's, and hard Hessians."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import ISAS, KERN, built
+from test_solvers import problem
+
+from calib.hessian import Hessian
+from quant.config import QuantConfig
+from quant.native import solving
+from quant.solvers import gptq
+from quant.solvers.gptq import GPTQOptions
+from quant.solvers.loss import output_energy, relative_error
+
+
+def block(rows: int, columns: int, seed: int = 0, negative: bool = False) -> tuple:
+    """Arguments of round_block."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    scales = random(columns, rows).abs() + 0.1
+    if negative:
+        scales[::2] *= -1
+    zeros = torch.randint(0, 16, (columns, rows), generator=generator).float()
+    original = random(columns, rows) * 3
+    ratio = random(columns, columns) * 0.1
+    return original + random(columns, rows) * 0.1, original, ratio, scales, zeros, 15
+
+
+def in_float64(arguments: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, and how far each was from another one, by the formula in float64."""
+    values, original, ratio, scales, zeros = (t.double() for t in arguments[:5])
+    errors, codes, margin = torch.zeros_like(values), values.clone(), values.clone()
+    for j in range(len(values)):
+        steps = (values[j] + ratio[:j, j] @ errors[:j]) / scales[j]
+        margin[j] = (steps - steps.floor() - 0.5).abs()
+        codes[j] = (steps.round() + zeros[j]).clamp(0, arguments[5])
+        errors[j] = original[j] - scales[j] * (codes[j] - zeros[j])
+    return codes, margin
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 17), (31, 128), (32, 64), (100, 256)])
+def test_native_codes_equal_float64(isa: str, rows: int, columns: int, negative: bool) -> None:
+    assert KERN is not None
+    arguments = block(rows, columns, rows, negative)
+    expected, margin = in_float64(arguments)
+    KERN.kern_select(isa.encode())
+    try:
+        codes, errors = solving.round_block(*arguments)
+    finally:
+        KERN.kern_select(None)
+    # A tie decided otherwise changes the rest of its row, so only rows without one are compared.
+    sure = (margin > 1e-4).all(0)
+    assert sure.float().mean() > 0.5 or rows == 1
+    assert torch.equal(codes[:, sure].double(), expected[:, sure])
+    _, original, _, scales, zeros, _ = arguments
+    assert torch.equal(errors, original - scales * (codes.float() - zeros))
+
+
+@built
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_native_and_torch_solve_alike(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = problem(70, 320, 3)
+    config = QuantConfig(4, 64, symmetric)
+    native = gptq.solve(weight, hessian, config, GPTQOptions()).tensor
+    monkeypatch.setattr(solving, "can_round", lambda values: False)
+    plain = gptq.solve(weight, hessian, config, GPTQOptions()).tensor
+    assert (native.codes != plain.codes).float().mean() < 0.002  # ties
+    errors = [relative_error(weight, qt.dequantize(), hessian) for qt in (native, plain)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+@built
+def test_a_row_does_not_depend_on_the_others_or_on_threads() -> None:
+    values, original, ratio, scales, zeros, most = block(90, 64)
+    whole, _ = solving.round_block(values, original, ratio, scales, zeros, most)
+    part = slice(37, 71)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    codes, _ = solving.round_block(
+        *(t[:, part] for t in (values, original)), ratio, scales[:, part], zeros[:, part], most
+    )
+    torch.set_num_threads(threads)
+    assert torch.equal(codes, whole[:, part])
+
+
+@built
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    values, original, ratio, scales, zeros, most = block(4, 8)
+    with pytest.raises(ValueError, match=r"of one shape, .* found \(8, 4\) torch.float64"):
+        solving.round_block(values.double(), original, ratio, scales, zeros, most)
+    with pytest.raises(ValueError, match=r"ratio \(7, 8\) torch.float32: expected \(8, 8\)"):
+        solving.round_block(values, original, ratio[:7], scales, zeros, most)
+
+
+def test_energy_is_the_trace_in_float64() -> None:
+    weight, hessian = problem(5, 1200, 1, 2000)
+    w, h = weight.double(), hessian.double()
+    torch.testing.assert_close(
+        output_energy(weight, hessian), (w @ h * w).sum(1), rtol=1e-5, atol=0
+    )
+
+
+def test_the_sum_is_symmetric_and_complete() -> None:
+    hessian, x = Hessian(300), torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
+    hessian.add(x[:200])
+    first = hessian.matrix.clone()
+    hessian.add(x[200:])
+    exact = x.double().T @ x.double()
+    assert torch.equal(first, first.T) and torch.equal(hessian.matrix, hessian.matrix.T)
+    torch.testing.assert_close(hessian.matrix.double(), exact, rtol=1e-5, atol=1e-3)
+
+
+HARD = {
+    "rank one": lambda x: x[:1].repeat(len(x), 1),
+    "the same token again and again": lambda x: x[:3].repeat(20, 1),
+    "inputs that are never active": lambda x: x * (torch.arange(x.shape[1]) % 3 > 0),
+    "magnitudes from 1e-12 to 1e12": lambda x: x * torch.logspace(-6, 6, x.shape[1]),
+    "one huge input": lambda x: x * (1 + 1e6 * (torch.arange(x.shape[1]) == 5)),
+    "no input at all": lambda x: x * 0,
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_hard_hessians_are_solved_and_reported(case: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = HARD[case](torch.randn(60, 64, generator=generator))
+    weight, hessian = torch.randn(8, 64, generator=generator), x.T @ x
+    solution = gptq.solve(weight, hessian, QuantConfig(4, 32), GPTQOptions())
+    plain = gptq.solve(weight, torch.eye(64), QuantConfig(4, 32), GPTQOptions())
+    error, rounding = (
+        relative_error(weight, s.tensor.dequantize(), hessian) for s in (solution, plain)
+    )
+    assert error <= rounding * 1.001
+    if case in ("inputs that are never active", "no input at all"):
+        assert any("never active" in note for note in solution.notes)
+    assert (solution.damp == 0.01) == (not any("raised" in note for note in solution.notes))
+
+
+def test_every_retry_of_the_factor_is_noted() -> None:
+    indefinite = torch.eye(32) - 0.9 * torch.ones(32, 32)
+    indefinite.diagonal().copy_(torch.ones(32))
+    _, damp, notes = gptq.factor(indefinite, torch.arange(32), 0.01)
+    assert damp > 0.01
+    assert any("retried in float64" in note for note in notes)
+    assert any(f"damping raised to {damp:g}" in note for note in notes)
