@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from quant.checkpoint import CheckpointReader
 from quant.config import QuantConfig
 from quant.formats import FORMATS, autogptq, compressed_tensors, float_folder, gguf
+from quant.formats.gguf_vocabulary import vocabulary
 from quant.grid import QuantizedTensor
 from quant.llama.config import LlamaConfig
 from quant.output import whole_file, whole_folder
@@ -50,6 +52,11 @@ class Source:
         form = next((form for form in FORMATS.values() if form.matches(reader)), None)
         config = form.quant_config(reader) if form else None
         return cls(reader, LlamaConfig.from_dict(reader.config), form, config)
+
+    @property
+    def name(self) -> str:
+        """What to call the model: the name of its folder or file."""
+        return self.reader.path.resolve().stem
 
     def entries(self) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
         """Every tensor by name, quantized ones by their module; the file is closed after each, or
@@ -164,7 +171,13 @@ def _compressed_tensors(source: Source, folder: Path, head: str) -> compressed_t
 
 
 def _gguf(source: Source, file: Path, head: str) -> gguf.Writer:
-    return gguf.Writer(file, source.llama, source.reader.path, head)
+    with TemporaryDirectory() as folder:  # where every source puts its tokenizer the same way
+        source.reader.copy_companions(Path(folder))
+        try:
+            keys = vocabulary(Path(folder), source.llama.vocab_size)
+        except ValueError as error:
+            raise ValueError(str(error).replace(folder, str(source.reader.path))) from None
+    return gguf.Writer(file, source.llama, {"general.name": source.name, **keys}, head)
 
 
 def _float(dtype: torch.dtype) -> MakeWriter:

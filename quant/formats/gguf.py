@@ -17,7 +17,6 @@ from torch import Tensor
 
 from quant.formats.gguf_blocks import BLOCK, F16, F32, Q4_0, Q4_1, Q8_0, Blocks, of_grid, q8_0
 from quant.formats.gguf_file import GGUFFile, Value
-from quant.formats.gguf_vocabulary import vocabulary
 from quant.formats.rounding import Rounding
 from quant.geometry import linear_shapes
 from quant.grid import Grid, QuantizedTensor
@@ -49,14 +48,16 @@ class Writer:
     Args:
         path: the file to make.
         llama: the model's geometry.
-        folder: where its tokenizer is.
+        keys: more metadata: the model's name, and the keys of its tokenizer (gguf_vocabulary.py).
         head: type of embedding and head, one of HEADS.
 
     Raises:
-        ValueError: llama.cpp cannot run such a model, or cannot use its tokenizer.
+        ValueError: no such head, or the model cannot have it.
     """
 
-    def __init__(self, path: Path, llama: LlamaConfig, folder: Path, head: str = "f16") -> None:
+    def __init__(
+        self, path: Path, llama: LlamaConfig, keys: dict[str, Value], head: str = "f16"
+    ) -> None:
         if head not in HEADS:
             raise ValueError(f"head {head!r} is unknown; there are {', '.join(HEADS)}")
         if head == "q8_0" and llama.hidden_size % BLOCK:
@@ -64,9 +65,7 @@ class Writer:
                 f"hidden_size {llama.hidden_size} is not whole blocks of {BLOCK}; use --head f16"
             )
         self.llama, self.head = llama, head
-        metadata = _metadata(llama, folder.resolve().name)
-        metadata |= vocabulary(folder, llama.vocab_size)
-        self._file = GGUFFile(path, metadata, _shapes(llama))
+        self._file = GGUFFile(path, _metadata(llama) | keys, _shapes(llama))
         self._rounding, self._kinds = Rounding(), dict.fromkeys(_FILE_TYPES, 0)
         self._worst: tuple[float, str] = (0.0, "")
 
@@ -167,11 +166,10 @@ def _shapes(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _metadata(llama: LlamaConfig, name: str) -> dict[str, Value]:
+def _metadata(llama: LlamaConfig) -> dict[str, Value]:
     """The keys that llama.cpp wants of a Llama."""
     keys: dict[str, Value] = {
         "general.architecture": "llama",
-        "general.name": name,
         "general.file_type": 0,
         "general.quantization_version": 2,
         "llama.vocab_size": llama.vocab_size,
