@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from quant.checkpoint import CheckpointReader, module_names
 from quant.formats import FORMATS
+from quant.formats.gguf_vocabulary import vocabulary
 from quant.geometry import fitting_group_size, linear_shapes
 from quant.llama.config import LlamaConfig
+from quant.packing import unpack
+from quant.runtimes import Facts, Verdict, verdicts
 from quant.sources import open_checkpoint
 
 _DEFAULT_TOKENS = 128 * 2048
@@ -47,6 +52,65 @@ def describe(path: Path) -> dict[str, str]:
     return (
         facts | {"format": "float"} | _cost(llama, linears, reader.size_bytes * 8 / parameters / 8)
     )
+
+
+def will_it_load(path: Path) -> list[Verdict]:
+    """A verdict for each runtime, from the settings and the small tensors of the checkpoint.
+
+    Raises:
+        ValueError: not a Llama checkpoint, or damaged.
+    """
+    reader = open_checkpoint(path)
+    llama = LlamaConfig.from_dict(reader.config)
+    form = next((name for name, form in FORMATS.items() if form.matches(reader)), "float")
+    method = form
+    if form == "autogptq":
+        method = FORMATS[form].checkpoint_format(reader)
+    shapes = {f"model.layers.0.{name}": shape for name, shape in linear_shapes(llama).items()}
+    return verdicts(
+        Facts(
+            method,
+            None if form == "float" else FORMATS[form].quant_config(reader),
+            shapes,
+            _shuffled(reader),
+            _zero_zero(reader) if method == "gptq_v2" else "",
+            bool(reader.config.get("quantization_config")),
+            any(f"lm_head.{end}" in reader for end in ("qweight", "weight_packed")),
+            llama.tie_word_embeddings and "lm_head.weight" in reader,
+            _gguf_obstacle(reader, llama),
+        )
+    )
+
+
+def _shuffled(reader: CheckpointReader) -> str:
+    """A linear whose groups are not consecutive inputs, or ""."""
+    for suffix in (".g_idx", ".weight_g_idx"):
+        for module in module_names(reader.names(), suffix):
+            index = reader.tensor(module + suffix)
+            if bool((index[1:] < index[:-1]).any()):
+                return module
+    return ""
+
+
+def _zero_zero(reader: CheckpointReader) -> str:
+    """A linear with a zero of 0, or ""."""
+    bits = FORMATS["autogptq"].quant_config(reader).bits
+    for module in module_names(reader.names(), ".qzeros"):
+        words = reader.tensor(f"{module}.qzeros").T
+        if not unpack(words, bits, words.shape[0] * 32 // bits).all():
+            return module
+    return ""
+
+
+def _gguf_obstacle(reader: CheckpointReader, llama: LlamaConfig) -> str:
+    """Why llama.cpp cannot have the tokenizer, or ""."""
+    try:
+        with TemporaryDirectory() as folder:
+            reader.copy_companions(Path(folder))
+            vocabulary(Path(folder), llama.vocab_size)
+    except ValueError as error:
+        return str(error).replace(folder, str(reader.path))
+    return ""
 
 
 def _cost(llama: LlamaConfig, linears: int, bytes_per_parameter: float) -> dict[str, str]:

@@ -119,6 +119,12 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
         "group_size 48 is not supported",
     ),
     "solver": (["quantize", "--model", "MODEL", "--solver", "x"], "solver 'x' is unknown"),
+    "target": (
+        ["quantize", "--model", "MODEL", "--asym", "--target", "vllm"],
+        "--target vllm will not load the result",
+    ),
+    "export": (["export", "--to", "x", "MODEL", "out"], "cannot export to 'x'"),
+    "export float": (["export", "--to", "gptq_v2", "MODEL", "out"], "is not quantized"),
     "empty text": (["quantize", "--model", "MODEL", "--calib", "empty.txt"], "empty.txt: is empty"),
     "short text": (
         ["quantize", "--model", "MODEL", "--calib", "short.txt"],

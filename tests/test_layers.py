@@ -12,9 +12,10 @@ LAYERS = [
     ["quant.commands"],
     ["quant.progress", "quant.inspection", "quant.evaluation_text", "quant.roofline"],
     ["quant.pipeline", "quant.loader", "quant.evaluate", "quant.bench", "quant.export"]
-    + ["quant.convert"],
-    ["quant.resume", "quant.run_options"],
-    ["quant.linear", "quant.report", "quant.verification", "quant.contenders"],
+    + ["quant.convert", "quant.publishing"],
+    ["quant.resume", "quant.run_options", "quant.model_card"],
+    ["quant.linear", "quant.report", "quant.verification", "quant.contenders"]
+    + ["quant.runtimes"],
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.sources", "quant.layer_reader", "quant.fingerprint", "quant.partial"],
     ["quant.grid", "quant.packing", "quant.checkpoint", "quant.checkpoint_writer"]

@@ -50,6 +50,14 @@ Spill = Annotated[
         rich_help_panel=RUNTIME,
     ),
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="Stop at once if this runtime would not load the result: transformers, vllm, sglang, "
+        "exllamav2, gptqmodel or llama.cpp.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Bits = Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.", rich_help_panel=GRID)]
 GroupSize = Annotated[
     int,
@@ -101,6 +109,7 @@ def quantize(
     output: Output = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    target: Target = None,
     bits: Bits = 4,
     group_size: GroupSize = 128,
     sym: Symmetric = True,
@@ -125,6 +134,8 @@ def quantize(
 
     llama = LlamaConfig.from_dict(open_checkpoint(model).config)
     config = _fitting(llama, QuantConfig(bits, group_size, sym))
+    if target:
+        _check_target(target, llama, config)
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
     output = output or Path(f"{_name(model)}-w{bits}-{group}")
     refuse_existing(output, overwrite)
@@ -155,6 +166,15 @@ def _fitting(llama: Any, config: Any) -> Any:
             f"using {size}"
         )
     return replace(config, group_size=size)
+
+
+def _check_target(target: str, llama: Any, config: Any) -> None:
+    """Refuse what the target runtime would not load."""
+    from quant.geometry import linear_shapes
+    from quant.runtimes import check_target
+
+    shapes = {f"model.layers.*.{name}": shape for name, shape in linear_shapes(llama).items()}
+    check_target(target, config, shapes)
 
 
 def _solver_options(solver: str, act_order: bool, damp: float) -> Any:

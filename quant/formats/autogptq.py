@@ -156,13 +156,18 @@ def quant_config(reader: CheckpointReader) -> QuantConfig:
     return QuantConfig(stored["bits"], stored.get("group_size", -1), stored.get("sym", True))
 
 
+def checkpoint_format(reader: CheckpointReader) -> str:
+    """ "gptq" (version 1) or "gptq_v2", as the settings say."""
+    stored = stored_config(reader)
+    return str(stored.get("checkpoint_format") or stored.get("format") or "gptq")
+
+
 def read(reader: CheckpointReader) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
     """Every module's QuantizedTensor (by name without suffix) and every other tensor, one at a
     time.
     """
     config = quant_config(reader)
-    stored = stored_config(reader)
-    version_1 = (stored.get("checkpoint_format") or stored.get("format") or "gptq") == "gptq"
+    version_1 = checkpoint_format(reader) == "gptq"
     packed = set(module_names(reader.names(), ".qweight"))
     for name in reader.names():
         module, dot, suffix = name.rpartition(".")
