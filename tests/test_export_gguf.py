@@ -262,3 +262,18 @@ def test_rotary_scaling_biases_and_tied_heads(make_checkpoint: Make, tmp_path: P
     biased = make_checkpoint("biased", attention_bias=True)
     with pytest.raises(ValueError, match="blk.0.attn_q.bias is missing from the checkpoint"):
         export(biased, tmp_path / "b.gguf", "gguf")
+
+
+def test_our_own_reader_has_the_same_weights(make_checkpoint: Make, tmp_path: Path) -> None:
+    """GGUF as a source gives the Hugging Face order and the values back, and the tokenizer."""
+    source = make_checkpoint()
+    folder = quantized_folder(source, tmp_path / "out", QuantConfig(4, 64))
+    export(folder, tmp_path / "m.gguf", "gguf")
+    back = open_checkpoint(tmp_path / "m.gguf")
+    for name, value in Source.open(folder).entries():
+        if isinstance(value, QuantizedTensor):
+            assert torch.equal(back.tensor(f"{name}.weight").float(), value.dequantize()), name
+        else:
+            assert torch.equal(back.tensor(name).float(), value.float()), name
+    export(tmp_path / "m.gguf", tmp_path / "again.gguf", "gguf", head="q8_0")
+    assert read(tmp_path / "again.gguf")[0]["tokenizer.ggml.tokens"][5] == "<0x02>"
