@@ -1,4 +1,4 @@
-"""pytest tests/test_export_gguf.py: GGUF files hold our weights, by the `gguf` package's own reading."""
+"""pytest tests/test_export_gguf.py: files with our weights, as the `gguf` package sees them."""
 
 from __future__ import annotations
 
