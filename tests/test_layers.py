@@ -14,8 +14,7 @@ LAYERS = [
     ["quant.pipeline", "quant.loader", "quant.evaluate", "quant.bench", "quant.export"]
     + ["quant.convert", "quant.publishing"],
     ["quant.resume", "quant.run_options", "quant.model_card"],
-    ["quant.linear", "quant.report", "quant.verification", "quant.contenders"]
-    + ["quant.runtimes"],
+    ["quant.linear", "quant.report", "quant.verification", "quant.contenders"] + ["quant.runtimes"],
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.sources", "quant.layer_reader", "quant.fingerprint", "quant.partial"],
     ["quant.grid", "quant.packing", "quant.checkpoint", "quant.checkpoint_writer"]
