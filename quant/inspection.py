@@ -6,15 +6,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from quant.checkpoint import CheckpointReader, module_names
+from quant.config import QuantConfig
 from quant.formats import FORMATS
 from quant.formats.gguf_vocabulary import vocabulary
 from quant.geometry import fitting_group_size, linear_shapes
 from quant.llama.config import LlamaConfig
 from quant.packing import unpack
+from quant.plan import Job, make_plan
 from quant.runtimes import Facts, Verdict, verdicts
 from quant.sources import open_checkpoint
-
-_DEFAULT_TOKENS = 128 * 2048
 
 
 def describe(path: Path) -> dict[str, str]:
@@ -49,9 +49,7 @@ def describe(path: Path) -> dict[str, str]:
             "format": form,
             "grid": f"{config.bits} bits, group size {config.group_size}, {kind}",
         }
-    return (
-        facts | {"format": "float"} | _cost(llama, linears, reader.size_bytes * 8 / parameters / 8)
-    )
+    return facts | {"format": "float"} | _cost(llama, reader.size_bytes / parameters)
 
 
 def will_it_load(path: Path) -> list[Verdict]:
@@ -113,22 +111,17 @@ def _gguf_obstacle(reader: CheckpointReader, llama: LlamaConfig) -> str:
     return ""
 
 
-def _cost(llama: LlamaConfig, linears: int, bytes_per_parameter: float) -> dict[str, str]:
+def _cost(llama: LlamaConfig, weight_bytes: float) -> dict[str, str]:
     """What quantizing with the defaults takes."""
     group_size = fitting_group_size(llama, 128)
-    plain = (
-        (1 if llama.tie_word_embeddings else 2)
-        * llama.vocab_size
-        * llama.hidden_size
-        * bytes_per_parameter
+    config = QuantConfig(4, group_size)
+    plan = make_plan(
+        Job(llama, config, 128, min(2048, llama.max_position_embeddings), weight_bytes)
     )
-    layer = linears / llama.num_hidden_layers * 4
-    widest = max(llama.intermediate_size, llama.hidden_size)
-    hidden = _DEFAULT_TOKENS * (llama.hidden_size + llama.num_attention_heads * llama.head_dim) * 4
     return {
-        "to quantize": f"{_DEFAULT_TOKENS} tokens by default, group size {group_size}",
-        "memory, roughly": _size(int(2 * layer + 4 * widest**2 * 4 + hidden + plain)),
-        "output size": _size(int(linears * (0.5 + 2.5 / group_size) + plain)),
+        "to quantize": f"{plan.tokens} tokens by default, group size {group_size}",
+        "memory, roughly": _size(plan.memory),
+        "output size": _size(plan.output),
     }
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,7 @@ def quantize_checkpoint(
             journal.close()
         linears = [LinearReport.from_dict(d) for layer in journal.layers for d in layer.linears]
         report = Report.of_run(reader.path, output, config, settings, windows, linears, start)
+        report = replace(report, forecast=run_options.forecast)
         report.write(folder)
         journal.forget_hidden()
     return report

@@ -70,6 +70,7 @@ class Report:
     peak_memory_bytes: int | None
     versions: dict[str, str]
     linears: tuple[LinearReport, ...]
+    forecast: dict[str, float] | None = None
 
     @classmethod
     def of_run(
@@ -115,6 +116,16 @@ class Report:
         )
         errors = f"mean relative error {mine:.5f} (round-to-nearest {plain:.5f})"
         return f"{errors}, {self.seconds:.1f} s{memory}"
+
+    def against_forecast(self) -> str:
+        """Forecast and measured time and memory beside each other, in one line."""
+        if self.forecast is None or self.peak_memory_bytes is None:
+            return ""
+        memory = self.forecast["peak_memory_bytes"] / 1e9
+        return (
+            f"forecast {self.forecast['seconds']:.1f} s, peak memory {memory:.2f} GB; "
+            f"measured {self.seconds:.1f} s, {self.peak_memory_bytes / 1e9:.2f} GB"
+        )
 
     def write(self, folder: Path) -> None:
         (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ class RunOptions:
         resume: continue the earlier run that stopped, if there is one.
         storage: dtype and place of the activations between layers.
         budget: how much of a layer's activations is computed and kept at a time.
+        forecast: of seconds and peak_memory_bytes, kept in the report beside what was measured.
         on_step: called after each solved group.
     """
 
@@ -38,6 +39,7 @@ class RunOptions:
     resume: bool = False
     storage: Storage = Storage()  # noqa: RUF009 - frozen
     budget: Budget = Budget()  # noqa: RUF009 - frozen
+    forecast: dict[str, float] | None = None
     on_step: Callable[[Step], None] = lambda step: None
 
     def numerics(self) -> dict[str, Any]:

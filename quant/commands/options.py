@@ -36,3 +36,39 @@ Precision = Annotated[
         rich_help_panel=RUNTIME,
     ),
 ]
+Hidden = Annotated[
+    str,
+    typer.Option(
+        help="Activations between layers: float32, or bfloat16 for half the memory.",
+        rich_help_panel=RUNTIME,
+    ),
+]
+Spill = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for the activations between layers, instead of memory.",
+        rich_help_panel=RUNTIME,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Most memory to take, as 16GB: keeps less of the activations, moves them to disk "
+        "beside the output, or makes batches smaller, as far as needed.",
+        rich_help_panel=RUNTIME,
+    ),
+]
+ShowPlan = Annotated[
+    bool,
+    typer.Option(
+        "--plan", help="Print work, time, memory and disk, and stop.", rich_help_panel=RUNTIME
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Continue a run that stopped; start if there is none.",
+        rich_help_panel=OUTPUT,
+    ),
+]

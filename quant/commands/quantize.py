@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from quant.commands.options import BUNDLED, INPUT, OUTPUT, RUNTIME, Device
+from quant.commands.options import (
+    BUNDLED,
+    INPUT,
+    OUTPUT,
+    Device,
+    Hidden,
+    MaxMemory,
+    Resume,
+    ShowPlan,
+    Spill,
+)
 
 GRID, CALIBRATION, SOLVING = "Grid", "Calibration", "Solving"
 Source = Annotated[
@@ -27,28 +37,6 @@ Output = Annotated[
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace the folder if it exists.", rich_help_panel=OUTPUT),
-]
-Resume = Annotated[
-    bool,
-    typer.Option(
-        "--resume",
-        help="Continue a run that stopped; start if there is none.",
-        rich_help_panel=OUTPUT,
-    ),
-]
-Hidden = Annotated[
-    str,
-    typer.Option(
-        help="Activations between layers: float32, or bfloat16 for half the memory.",
-        rich_help_panel=RUNTIME,
-    ),
-]
-Spill = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder for the activations between layers, instead of memory.",
-        rich_help_panel=RUNTIME,
-    ),
 ]
 Target = Annotated[
     str | None,
@@ -123,16 +111,20 @@ def quantize(
     device: Device = "auto",
     hidden: Hidden = "float32",
     spill: Spill = None,
+    max_memory: MaxMemory = None,
+    plan: ShowPlan = False,
 ) -> None:
     """Quantize a float checkpoint, layer by layer, into a folder that GPTQ readers load."""
     from quant.config import QuantConfig
     from quant.llama.config import LlamaConfig
     from quant.loader import resolve_device
     from quant.output import refuse_existing
+    from quant.plan import Job, fit_memory, parse_size, weight_bytes
     from quant.run_options import RunOptions
     from quant.sources import open_checkpoint
 
-    llama = LlamaConfig.from_dict(open_checkpoint(model).config)
+    reader = open_checkpoint(model)
+    llama = LlamaConfig.from_dict(reader.config)
     config = _fitting(llama, QuantConfig(bits, group_size, sym))
     if target:
         _check_target(target, llama, config)
@@ -145,9 +137,15 @@ def quantize(
     windows = _windows(model, sources, samples, length, seed)
     data = f"{windows.numel()} tokens of {' '.join(sources)}"
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
-    storage = _storage(hidden, spill)
-    run_options = RunOptions(resolve_device(device), overwrite, resume, storage)
-    _run(model, output, windows, config, solver_options, run_options)
+    count, length = windows.shape
+    job = Job(llama, config, count, length, weight_bytes(reader), _storage(hidden, spill))
+    if max_memory is not None:
+        job = fit_memory(job, parse_size(max_memory), output.absolute().parent)
+    forecast = _forecast(job, output)
+    if not plan:
+        places = (resolve_device(device), overwrite, resume, job.storage, job.budget)
+        run_options = RunOptions(*places, forecast=forecast)
+        _run(model, output, windows, config, solver_options, run_options)
 
 
 def _name(model: Path) -> str:
@@ -198,6 +196,21 @@ def _storage(hidden: str, spill: Path | None) -> Any:
     return Storage(getattr(torch, hidden), spill)
 
 
+def _forecast(job: Any, output: Path) -> dict[str, float]:
+    """Print the plan; what the report keeps of it.
+
+    Raises:
+        ValueError: memory or disk does not suffice.
+    """
+    from quant.machine import measure
+    from quant.plan import check_room, make_plan
+
+    plan, rates = make_plan(job), measure(output)
+    print("\n".join(plan.lines(rates)), flush=True)
+    check_room(plan, output, job.storage.spill)
+    return {"seconds": round(plan.seconds(rates), 1), "peak_memory_bytes": plan.memory}
+
+
 def _windows(model: Path, sources: list[str], samples: int, length: int, seed: int) -> Any:
     """Calibration windows (samples, length) of the model's own tokens."""
     from calib.sampling import token_windows
@@ -233,4 +246,5 @@ def _run(
         print(f"warning: {line}", file=sys.stderr)
     remember(output)
     print(report.summary())
+    print(report.against_forecast())
     print(f"checkpoint: {output}")

@@ -1,0 +1,57 @@
+"""What this machine has and how fast it is."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of this machine: float32 operations and bytes to the disk, per second."""
+
+    flops: float
+    disk: float
+
+
+def measure(folder: Path) -> Rates:
+    """Time a float32 product for about a second, and 64 MB to the disk of `folder`."""
+    left, right = torch.rand(1024, 2048), torch.rand(2048, 2048)
+    torch.mm(left, right)
+    count, start = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - start) < 1:
+        torch.mm(left, right)
+        count += 1
+    flops = count * 2 * 1024 * 2048 * 2048 / seconds
+    start = time.perf_counter()
+    try:
+        with tempfile.TemporaryFile(dir=nearest_folder(folder)) as file:
+            for _ in range(16):
+                file.write(bytes(1 << 22))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written ({error}); is the disk full?") from error
+    return Rates(flops, (1 << 26) / (time.perf_counter() - start))
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration):
+        return None
+
+
+def nearest_folder(path: Path) -> Path:
+    """The nearest folder that exists."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path

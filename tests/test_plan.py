@@ -1,0 +1,107 @@
+"""pytest tests/test_plan.py: what a run is said to take, against counts and runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from calib.capture import Budget, walk
+from calib.hidden import HiddenStates, Storage
+from quant import QuantConfig
+from quant.llama.config import LlamaConfig
+from quant.llama.model import DecoderLayer
+from quant.machine import Rates
+from quant.plan import Job, check_room, fit_memory, make_plan, parse_size
+
+ROOT = Path(__file__).parents[1]
+LLAMA = LlamaConfig(2080, 128, 256, 3, 4, 2, 32)
+JOB = Job(LLAMA, QuantConfig(4, 64), 8, 64, 2)
+SEVEN_B = Job(LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128), QuantConfig(), 128, 2048, 2)
+Make = Callable[..., Path]
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 1 << 30])
+def test_work_equals_what_torch_counts(keep_bytes: int) -> None:
+    job = replace(JOB, budget=Budget(keep_bytes=keep_bytes))
+    states = HiddenStates(8, 64, 128)
+    states.set_windows(torch.randn(8, 64, 128))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for _ in walk(DecoderLayer(LLAMA), states, budget=job.budget):
+            pass
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    attention = 2 * 512 * 64 * 128
+    flops = make_plan(job).flops
+    assert flops["forward"] == 3 * (products + attention)
+    assert flops["Hessian"] == 3 * 512 * (3 * 128 * 256 + 256 * 384)
+
+
+def test_sizes_of_the_standard_geometry() -> None:
+    plan = make_plan(SEVEN_B)
+    assert abs(plan.flops["forward"] / 3.54e15 - 1.43) < 0.02  # gate and up are computed twice
+    assert abs(plan.output / 3.9e9 - 1) < 0.03  # Llama-2-7B-GPTQ, g128, is 3.9 GB
+    assert plan.states == 2 * 262144 * 4096 * 4
+    halved = make_plan(replace(SEVEN_B, storage=Storage(torch.bfloat16)))
+    assert halved.states * 2 == plan.states and plan.memory - halved.memory == halved.states
+    assert plan.seconds(Rates(1e11, 1e9)) > plan.seconds(Rates(2e11, 1e9))
+    assert "32 layers, 262144 tokens" in plan.lines(Rates(1e11, 1e9))[0]
+
+
+def test_memory_is_fitted_by_the_least_saving(tmp_path: Path) -> None:
+    need = make_plan(SEVEN_B).memory
+    assert fit_memory(SEVEN_B, need, tmp_path) == SEVEN_B
+    assert fit_memory(SEVEN_B, need - 1, tmp_path).budget.keep_bytes == 0
+    spilled = fit_memory(SEVEN_B, need - (1 << 30), tmp_path)
+    assert spilled.storage.spill == tmp_path and spilled.budget == SEVEN_B.budget
+    with pytest.raises(ValueError, match="max-memory 1.00 GB: the least this model takes"):
+        fit_memory(SEVEN_B, 10**9, tmp_path)
+    assert parse_size("16GB") == 16 * 10**9 and parse_size(" 0.5gb") == 500_000_000
+    for bad in ("16", "x GB", "-1GB", "GB"):
+        with pytest.raises(ValueError, match="size '.*' (is not understood|must be above zero)"):
+            parse_size(bad)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(SEVEN_B)
+    monkeypatch.setattr("quant.plan.available_memory", lambda: plan.memory - 1)
+    with pytest.raises(ValueError, match="GB are free; pass --spill DIR or --max-memory"):
+        check_room(plan, tmp_path / "out", None)
+    monkeypatch.setattr("quant.plan.available_memory", lambda: None)
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(plan.disk))
+    check_room(plan, tmp_path / "not" / "yet", None)
+    spilled = replace(plan, spilled=1)
+    with pytest.raises(ValueError, match="of disk are needed and .* are free; choose another"):
+        check_room(spilled, tmp_path / "out", tmp_path)
+
+
+def test_plan_on_the_command_line(make_checkpoint: Make, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    command = [sys.executable, str(ROOT / "cli.py"), "quantize", "--model", str(source)]
+    command += ["--samples", "4", "--seq-len", "64", "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(*more: str) -> str:
+        done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
+        return done.stdout if done.returncode == 0 else done.stderr
+
+    assert "plan: 2 layers, 256 tokens" in run("--plan") and not (tmp_path / "out").exists()
+    assert "the least this model takes" in run("--max-memory", "10MB")
+    text = run("--max-memory", "16GB")
+    assert text.index("peak memory: about") < text.index("forecast") < text.index("; measured")
+    report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
+    assert report["forecast"].keys() == {"seconds", "peak_memory_bytes"}
+    shards = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert (
+        abs(make_plan(replace(JOB, llama=replace(LLAMA, num_hidden_layers=2))).output / shards - 1)
+        < 0.05
+    )
