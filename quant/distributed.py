@@ -121,6 +121,15 @@ def sum_(tensor: Tensor) -> None:
         slab.copy_(pieces.view(-1)[: len(slab)])
 
 
+def total(count: int) -> int:
+    """The sum of a number over processes."""
+    import torch
+
+    counts = torch.tensor([count])
+    sum_(counts)
+    return int(counts)
+
+
 def gather_rows(part: Tensor, count: int) -> Tensor:
     """All `count` rows of a tensor of which each process has its share(count), on every process."""
     world = world_size()
@@ -143,7 +152,7 @@ def from_first(make: Callable[[], Any]) -> Any:
     return holder[0]
 
 
-def collect(chunks: Iterable[memoryview], count: int, size: int) -> Iterator[memoryview]:
+def collect(chunks: Iterable[bytes], count: int, size: int) -> Iterator[bytes]:
     """All `count` chunks of `size` bytes, in order, on rank 0, and none elsewhere.
 
     May run in a thread beside other operations. Another process must exhaust it, too: it sends.
@@ -159,10 +168,11 @@ def collect(chunks: Iterable[memoryview], count: int, size: int) -> Iterator[mem
             buffer = torch.empty(size, dtype=torch.uint8)
             for _ in range(count)[share(count, source)]:
                 _collective(_group().recv, buffer, source, _background)
-                yield buffer.numpy().data
+                yield buffer.numpy().tobytes()
         return
     for chunk in chunks:
-        _collective(_group().send, torch.frombuffer(chunk, dtype=torch.uint8), 0, _background)
+        buffer = torch.frombuffer(bytearray(chunk), dtype=torch.uint8)
+        _collective(_group().send, buffer, 0, _background)
 
 
 def deal(chunks: Iterator[bytearray], count: int, size: int) -> Iterator[bytearray]:

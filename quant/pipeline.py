@@ -9,7 +9,8 @@
     embedding, norm and head are copied; the finished folder is read back and compared.
 
 Every linear's error is compared with round-to-nearest on the same Hessian, and both numbers are
-reported. A run that was stopped goes on behind its last finished layer (quant.resume).
+reported. A run that was stopped goes on behind its last finished layer (quant.resume). Of several
+processes (quant.distributed) each has its share of the windows and of the rows of every solve.
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ import torch
 from torch import Tensor
 
 from calib.capture import walk
+from calib.hessian import Hessian
 from calib.hidden import HiddenStates
 from calib.sampling import check_windows
+from quant import distributed
 from quant.checkpoint import CheckpointReader
 from quant.checkpoint_writer import CheckpointWriter
 from quant.config import QuantConfig
 from quant.fingerprint import fingerprint
+from quant.follower import Follower, NoWriter
 from quant.formats import FORMATS
 from quant.geometry import check_shapes
+from quant.group_solver import solve_group
 from quant.layer_reader import LINEARS, build_layer, read_layers
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
@@ -39,10 +44,8 @@ from quant.partial import partial_folder
 from quant.report import LinearReport, Report
 from quant.resume import Journal
 from quant.run_options import RunOptions, Step
-from quant.solvers import solve, solver_name
+from quant.solvers import solver_name
 from quant.solvers.gptq import GPTQOptions
-from quant.solvers.loss import relative_error
-from quant.solvers.rtn import RTNOptions
 from quant.sources import open_checkpoint
 from quant.verification import digest, verify
 
@@ -56,8 +59,10 @@ class _Run:
     config: QuantConfig
     solver: Any
     options: RunOptions
-    writer: Any
-    journal: Journal
+    windows: Tensor  # of all processes
+    mask: Tensor | None
+    writer: Any = None
+    journal: Any = None
     digests: dict[str, str] = field(default_factory=dict)  # of the layer at work
 
     @property
@@ -99,43 +104,67 @@ def quantize_checkpoint(
     reader, llama = _float_checkpoint(Path(model))
     check_shapes(llama, config)
     mask = check_windows(windows, attention_mask, llama.vocab_size)
-    settings = {"solver": solver_name(solver), **vars(solver)}
-    all_settings = {**asdict(config), **settings, **run_options.numerics()}
-    marks = fingerprint(reader, windows, mask, all_settings)
-    with (
-        partial_folder(output, run_options.resume, run_options.overwrite) as folder,
-        torch.inference_mode(),
-    ):
+    with distributed.joined(), torch.inference_mode():
+        run = _Run(reader, llama, config, solver, run_options, windows, mask)
+        if distributed.rank() == 0:
+            report = _lead(run, output, start)
+        else:
+            _follow(run)
+        return distributed.from_first(lambda: report)
+
+
+def _lead(run: _Run, output: Path, start: float) -> Report:
+    """What the first process does: of a single one, everything."""
+    options, config = run.options, run.config
+    settings = {"solver": solver_name(run.solver), **vars(run.solver)}
+    all_settings = {**asdict(config), **settings, **options.numerics()}
+    marks = fingerprint(run.reader, run.windows, run.mask, all_settings)
+    with partial_folder(output, options.resume, options.overwrite) as folder:
         shards = CheckpointWriter(folder)
-        writer = FORMATS["autogptq"].Writer(folder, config, settings, shards)
-        journal = Journal(folder, marks, shards)
-        run = _Run(reader, llama, config, solver, run_options, writer, journal)
+        run.writer = FORMATS["autogptq"].Writer(folder, config, settings, shards)
+        run.journal = journal = Journal(folder, marks, shards, len(run.windows))
         try:
-            _fill(run, windows, mask)
+            _fill(run)
         finally:
             journal.close()
         linears = [LinearReport.from_dict(d) for layer in journal.layers for d in layer.linears]
-        report = Report.of_run(reader.path, output, config, settings, windows, linears, start)
-        report = replace(report, forecast=run_options.forecast)
+        path, windows = run.reader.path, run.windows
+        report = Report.of_run(path, output, config, settings, windows, linears, start)
+        report = replace(report, forecast=options.forecast)
         report.write(folder)
         journal.forget_hidden()
     return report
 
 
-def _fill(run: _Run, windows: Tensor, mask: Tensor | None) -> None:
+def _follow(run: _Run) -> None:
+    """What every other process does: its share of the windows and of the rows."""
+    run.writer, run.journal = NoWriter(), Follower(len(run.windows))
+    try:
+        _quantize_layers(run)
+    finally:
+        run.journal.close()
+
+
+def _fill(run: _Run) -> None:
     """Write the whole checkpoint, or what an earlier run left to do."""
     journal = run.journal
     journal.resume()
-    if len(journal.layers) < run.llama.num_hidden_layers:
-        for step in _layers(run, windows, mask):
-            run.options.on_step(step)
-        journal.wait()
+    _quantize_layers(run)
     if len(journal.layers) == run.llama.num_hidden_layers:
         _copy_plain(run)
         journal.commit([], {})
     run.writer.close(run.reader.config)
     run.reader.copy_companions(journal.folder)
     verify(journal.folder, {k: v for layer in journal.layers for k, v in layer.digests.items()})
+
+
+def _quantize_layers(run: _Run) -> None:
+    """Quantize the layers that are not finished yet, and wait until they are durable."""
+    first = distributed.from_first(lambda: len(run.journal.layers))
+    if first < run.llama.num_hidden_layers:
+        for step in _layers(run, first):
+            run.options.on_step(step)
+        run.journal.wait()
 
 
 def _float_checkpoint(path: Path) -> tuple[CheckpointReader, LlamaConfig]:
@@ -148,9 +177,11 @@ def _float_checkpoint(path: Path) -> tuple[CheckpointReader, LlamaConfig]:
     return reader, LlamaConfig.from_dict(reader.config)
 
 
-def _layers(run: _Run, windows: Tensor, mask: Tensor | None) -> Iterator[Step]:
-    """Quantize the layers that are not finished yet; a Step after each group."""
-    states, first = _hidden_states(run, windows), len(run.journal.layers)
+def _layers(run: _Run, first: int) -> Iterator[Step]:
+    """Quantize the layers from `first` on; a Step after each group."""
+    mine = distributed.share(len(run.windows))  # of the windows
+    states = _hidden_states(run, run.windows[mine], first)
+    mask = None if run.mask is None else run.mask[mine]
     for index, tensors in read_layers(run.reader, run.llama, first):
         prefix = f"model.layers.{index}."
         for name, tensor in tensors.items():
@@ -160,25 +191,27 @@ def _layers(run: _Run, windows: Tensor, mask: Tensor | None) -> Iterator[Step]:
         done: list[LinearReport] = []
         walking = walk(layer, states, mask, run.device, run.options.budget)
         for group, hessian in zip(LINEAR_GROUPS, walking, strict=True):
+            distributed.sum_(hessian.matrix)
+            hessian.tokens = distributed.total(hessian.tokens)
             if not torch.isfinite(hessian.matrix.diagonal()).all():
                 raise ValueError(
                     f"{prefix}{group[0]}: its input is not finite; the model overflows here, or "
                     "the layer is damaged"
                 )
-            linears = _solve_group(run, layer, prefix, group, hessian.matrix, hessian.tokens)
+            linears = _quantize_group(run, layer, prefix, group, hessian)
             done += linears
             yield Step(index, run.llama.num_hidden_layers, tuple(linears))
         run.journal.commit_later([asdict(linear) for linear in done], run.digests, states)
         run.digests = {}
 
 
-def _hidden_states(run: _Run, windows: Tensor) -> HiddenStates:
+def _hidden_states(run: _Run, windows: Tensor, first: int) -> HiddenStates:
     """The input of the first layer to do: the embedding's, or those kept by an earlier run."""
     llama = run.llama
     widest = llama.num_attention_heads * llama.head_dim
     count, tokens = windows.shape
     states = HiddenStates(count, tokens, llama.hidden_size, widest, run.options.storage)
-    if run.journal.layers:
+    if first:
         run.journal.load_hidden(states)
     else:
         embedding = run.reader.tensor("model.embed_tokens.weight")
@@ -188,43 +221,19 @@ def _hidden_states(run: _Run, windows: Tensor) -> HiddenStates:
     return states
 
 
-def _solve_group(
-    run: _Run,
-    layer: DecoderLayer,
-    prefix: str,
-    group: tuple[str, ...],
-    hessian: Tensor,
-    tokens: int,
+def _quantize_group(
+    run: _Run, layer: DecoderLayer, prefix: str, group: tuple[str, ...], hessian: Hessian
 ) -> list[LinearReport]:
-    """Solve the linears of one group as one stack of rows; write the codes, put their values into
-    the layer.
-    """
+    """Solve a group of linears; write the codes, put their values into the layer."""
     weights: list[Tensor] = [layer.linear(name).weight for name in group]
-    stack = torch.cat(weights) if len(weights) > 1 else weights[0]
-    solution = solve(stack, hessian, run.config, run.solver)
-    plain = solve(stack, hessian, run.config, RTNOptions())
-    reports, row = [], 0
-    for name, weight in zip(group, weights, strict=True):
-        rows = slice(row, row + len(weight))
-        row = rows.stop
-        qt = solution.tensor.rows(rows)
-        dense = qt.dequantize()
-        error = relative_error(weight, dense, hessian)
-        rtn_error = relative_error(weight, plain.tensor.rows(rows).dequantize(), hessian)
-        reports.append(
-            LinearReport(
-                prefix + name,
-                error,
-                rtn_error,
-                solution.damp,
-                tokens,
-                weight.shape[1],
-                solution.notes,
-            )
-        )
-        run.writer.add_quantized(prefix + name, qt)
-        run.digests[prefix + name] = digest(qt)
-        weight.copy_(dense)
+    reports = []
+    solved = solve_group(weights, hessian.matrix, run.config, run.solver)
+    for name, weight, one in zip(group, weights, solved, strict=True):
+        run.writer.add_quantized(prefix + name, one.tensor)
+        run.digests[prefix + name] = digest(one.tensor)
+        weight.copy_(one.tensor.dequantize())
+        facts = (one.error, one.rtn_error, one.damp, hessian.tokens, weight.shape[1], one.notes)
+        reports.append(LinearReport(prefix + name, *facts))
     return reports
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.hidden import HiddenStates
+from quant import distributed
 from quant.checkpoint import read_json
 from quant.checkpoint_writer import CheckpointWriter, Part
 from quant.durable import file_sha256, write_file
@@ -46,6 +47,7 @@ class Journal:
         folder: where parts, hidden states and state.json are.
         fingerprint: what a run must have in common with the one it continues.
         writer: writes the parts.
+        windows: of all processes.
         layers: the finished layers; one more record follows for the embedding, norm and head.
         hidden: (layers before it, file) of the hidden states kept.
     """
@@ -53,6 +55,7 @@ class Journal:
     folder: Path
     fingerprint: dict[str, Any]
     writer: CheckpointWriter
+    windows: int
     layers: list[Finished] = field(default_factory=list)
     hidden: dict[int, Part] = field(default_factory=dict)
 
@@ -88,8 +91,10 @@ class Journal:
     def load_hidden(self, states: HiddenStates) -> None:
         """Read the hidden states behind the last finished layer."""
         with (self.folder / self.hidden[len(self.layers)].name).open("rb") as file:
-            for window in range(states.windows):
-                states.restore(window, bytearray(file.read(states.window_bytes)))
+            size = states.window_bytes
+            stored = iter(lambda: bytearray(file.read(size)), b"")
+            for window, raw in enumerate(distributed.deal(stored, self.windows, size)):
+                states.restore(window, raw)
 
     def commit(self, linears: list[dict[str, Any]], digests: dict[str, str]) -> None:
         """Make what was added to the writer durable, without hidden states, before returning."""
@@ -148,7 +153,8 @@ class Journal:
 
         def write(path: Path) -> None:
             with path.open("wb") as opened:
-                for chunk in states.chunks():
+                chunks, size = states.chunks(), states.window_bytes
+                for chunk in distributed.collect(chunks, self.windows, size):
                     opened.write(chunk)
 
         write_file(file, write)

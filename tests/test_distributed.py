@@ -1,64 +1,19 @@
-"""pytest tests/test_distributed.py: several processes on this machine, joined as torchrun does."""
+"""pytest tests/test_distributed.py: sums, rows and chunks over processes, and what ends them."""
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, finish, start
 
 from quant import distributed
-
-ROOT = Path(__file__).parents[1]
-SETUP = """
-import os, signal, sys, threading, time
-from pathlib import Path
-import torch
-from cli import one_line_errors
-from quant import distributed, watch
-"""
-
-
-def start(body: str, world: int, folder: Path) -> list[subprocess.Popen[str]]:
-    """`world` processes that run `body` as a command; they find `rank` and `folder` there."""
-    script = folder / "script.py"
-    indented = textwrap.indent(textwrap.dedent(body), "    ")
-    script.write_text(
-        f"{SETUP}folder = Path({str(folder)!r})\n"
-        f"@one_line_errors\n@distributed.joined()\ndef command():\n"
-        f"    rank = distributed.rank()\n{indented}\n"
-        "import typer\ntry:\n    command()\n"
-        "except typer.Exit as end:\n    sys.exit(end.exit_code)\n"
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1}
-    processes = []
-    for rank in range(world):
-        settings = {**common, "RANK": rank, "LOCAL_RANK": rank}
-        environment = {**os.environ, **{key: str(value) for key, value in settings.items()}}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(script)], env=environment, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-        )  # fmt: skip
-    return processes
-
-
-def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """(exit code, stdout, stderr) of each."""
-    outputs = [process.communicate(timeout=60) for process in processes]
-    return [(p.returncode, out, err) for p, (out, err) in zip(processes, outputs, strict=True)]
 
 
 def test_one_process_is_the_identity() -> None:
@@ -71,7 +26,7 @@ def test_one_process_is_the_identity() -> None:
     assert distributed.share(7) == slice(0, 7)
     assert distributed.from_first(lambda: "made") == "made"
     chunks = [bytearray(b"ab"), bytearray(b"cd")]
-    assert list(distributed.collect(map(memoryview, chunks), 2, 2)) == chunks
+    assert list(distributed.collect(map(bytes, chunks), 2, 2)) == chunks
     assert list(distributed.deal(iter(chunks), 2, 2)) == chunks
 
 
@@ -96,11 +51,11 @@ def test_three_processes(tmp_path: Path) -> None:
     made = distributed.from_first(lambda: f"by {rank}")
     print("printed by", rank)
 
-    kept = [memoryview(everything[i].numpy()) for i in range(7)]
+    kept = [everything[i].numpy().tobytes() for i in range(7)]
     collected = []
     thread = threading.Thread(
         target=lambda: collected.extend(
-            map(bytes, distributed.collect(kept[distributed.share(7)], 7, 10))
+            distributed.collect(kept[distributed.share(7)], 7, 10)
         )
     )
     thread.start()  # beside other operations
@@ -170,7 +125,7 @@ def test_a_dead_process_ends_the_others(blow: str, work: str, tmp_path: Path) ->
 
 def test_sigterm_ends_all_with_one_line(tmp_path: Path) -> None:
     body = """
-    watch.BEAT_S = 0.2
+    watch.BEAT_S = 0.5
     (folder / f"ready-{rank}").touch()
     time.sleep(100)
     """

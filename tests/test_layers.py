@@ -13,8 +13,9 @@ LAYERS = [
     ["quant.progress", "quant.inspection", "quant.evaluation_text", "quant.roofline"],
     ["quant.pipeline", "quant.loader", "quant.evaluate", "quant.bench", "quant.export"]
     + ["quant.convert", "quant.publishing"],
-    ["quant.resume", "quant.run_options", "quant.model_card", "quant.plan"],
-    ["quant.linear", "quant.report", "quant.verification", "quant.contenders"] + ["quant.runtimes"],
+    ["quant.resume", "quant.follower", "quant.run_options", "quant.model_card", "quant.plan"],
+    ["quant.linear", "quant.report", "quant.verification", "quant.contenders"]
+    + ["quant.runtimes", "quant.group_solver"],
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.sources", "quant.layer_reader", "quant.fingerprint", "quant.partial", "quant.machine"],
     ["quant.grid", "quant.packing", "quant.checkpoint", "quant.checkpoint_writer"]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quant import distributed
 from quant.commands.options import (
     BUNDLED,
     INPUT,
@@ -92,6 +93,7 @@ Damp = Annotated[
 ]
 
 
+@distributed.joined()
 def quantize(
     model: Source = BUNDLED,
     output: Output = None,
@@ -134,14 +136,14 @@ def quantize(
     solver_options = _solver_options(solver, act_order, damp)
     length = seq_len or min(2048, llama.max_position_embeddings)
     sources = calib or ["stdlib"]
-    windows = _windows(model, sources, samples, length, seed)
+    windows = distributed.from_first(lambda: _windows(model, sources, samples, length, seed))
     data = f"{windows.numel()} tokens of {' '.join(sources)}"
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
-    count, length = windows.shape
+    count, length = windows[distributed.share(len(windows), 0)].shape  # of one process
     job = Job(llama, config, count, length, weight_bytes(reader), _storage(hidden, spill))
     if max_memory is not None:
         job = fit_memory(job, parse_size(max_memory), output.absolute().parent)
-    forecast = _forecast(job, output)
+    forecast = distributed.from_first(lambda: _forecast(job, output))
     if not plan:
         places = (resolve_device(device), overwrite, resume, job.storage, job.budget)
         run_options = RunOptions(*places, forecast=forecast)

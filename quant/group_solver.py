@@ -1,0 +1,79 @@
+"""One group of linears that share an input: solved as one stack of rows, judged row by row.
+
+Rows are independent given the Hessian, so each of several processes solves and judges its share
+of them, and all of them get the whole result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant import distributed
+from quant.config import QuantConfig
+from quant.grid import Grid, QuantizedTensor
+from quant.solvers import solve
+from quant.solvers.loss import output_energy
+from quant.solvers.rtn import RTNOptions
+
+_BLOCK_ROWS = 2048  # judged at a time: enough for full GEMM speed, small next to a weight
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One linear: its codes, and what was lost to get them.
+
+    Attributes:
+        error, rtn_error: the relative error of these codes, and of rounding to nearest.
+    """
+
+    tensor: QuantizedTensor
+    error: float
+    rtn_error: float
+    damp: float
+    notes: tuple[str, ...]
+
+
+def solve_group(
+    weights: list[Tensor], hessian: Tensor, config: QuantConfig, options: Any
+) -> list[Solved]:
+    """Solve linears (out, in) of the same input, whose Hessian (in, in) is of all tokens."""
+    stack = torch.cat(weights) if len(weights) > 1 else weights[0]
+    count = len(stack)
+    mine = stack[distributed.share(count)]
+    solution = solve(mine, hessian, config, options)
+    plain = solve(mine, hessian, config, RTNOptions()).tensor
+    losses = distributed.gather_rows(_losses(mine, (solution.tensor, plain), hessian), count)
+    whole = _gather(solution.tensor, count)
+    results, start = [], 0
+    for weight in weights:
+        rows = slice(start, start + len(weight))
+        start = rows.stop
+        error, rtn_error, energy = losses[rows].sum(0).tolist()
+        energy = energy or 1.0  # of nothing, nothing is lost
+        shares = error / energy, rtn_error / energy
+        results.append(Solved(whole.rows(rows), *shares, solution.damp, solution.notes))
+    return results
+
+
+def _losses(weight: Tensor, tensors: tuple[QuantizedTensor, ...], hessian: Tensor) -> Tensor:
+    """(out, tensors + 1) float64: the energy each tensor loses of every row, and all of it."""
+    losses = torch.empty(len(weight), len(tensors) + 1, dtype=torch.float64, device=weight.device)
+    for start in range(0, len(weight), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        for column, tensor in enumerate(tensors):
+            error = weight[rows] - tensor.rows(rows).dequantize()
+            losses[rows, column] = output_energy(error, hessian)
+        losses[rows, -1] = output_energy(weight[rows], hessian)
+    return losses
+
+
+def _gather(part: QuantizedTensor, count: int) -> QuantizedTensor:
+    """All rows of a tensor of which this process has its share."""
+    scales = distributed.gather_rows(part.grid.scales, count)
+    zeros = distributed.gather_rows(part.grid.zeros, count)
+    codes = distributed.gather_rows(part.codes, count)
+    return replace(part, codes=codes, grid=Grid(scales, zeros, part.bits))
