@@ -17,6 +17,7 @@ last line; the rest is computed a second time rather than stored.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from torch import Tensor
 
 from calib.hessian import Hessian
 from calib.hidden import HiddenStates
+
+_DOWN = 3  # the stage of down_proj: aiming it at the float model costs most and gains nothing
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ def walk(
     mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     budget: Budget = Budget(),  # noqa: B008 - frozen
+    beside: tuple[Any, HiddenStates] | None = None,
 ) -> Iterator[Hessian]:
     """Advance the hidden states through `layer`, pausing before each group of linears.
 
@@ -58,71 +62,104 @@ def walk(
         mask: (windows, tokens) bool, False for padding: such rows never enter a Hessian.
         device: where the batches are computed.
         budget: how much is computed and kept at a time.
+        beside: the float layer and its own hidden states, to advance in step. The Hessians of
+            q|k|v, o and gate|up then hold a drift; that of down does not.
 
     Yields:
         The Hessian of the input of q|k|v, of o, of gate|up and of down, in that order.
     """
-    attention, size = layer.self_attn, states.hidden_size
-    width = attention.config.num_attention_heads * attention.config.head_dim
-    batches = _batches(states, budget.batch_tokens)
-    present, following = states.present, states.next
-
-    hessian = Hessian(size, device)
-    for batch in batches:
-        x = present.read(batch, size).to(device)
-        hessian.add(layer.input_layernorm(x), _rows(mask, batch))
-    yield hessian
-
-    hessian = Hessian(width, device)
-    for batch in batches:
-        y = attention.mix(layer.input_layernorm(present.read(batch, size).to(device)))
-        hessian.add(y, _rows(mask, batch))
-        following.write(batch, y)
-    yield hessian
-
-    hessian = Hessian(size, device)
-    for batch in batches:
-        y = attention.o_proj(following.read(batch, width).to(device))
-        x = present.read(batch, size).to(device) + y
-        hessian.add(layer.post_attention_layernorm(x), _rows(mask, batch))
-        following.write(batch, x)
-    yield hessian
-
-    yield from _walk_down(layer, states, mask, device, budget)
-    states.swap()
+    walking = _stages(layer, states, device, budget)
+    others = iter(()) if beside is None else _stages(*beside, device, budget)
+    for index, (width, inputs) in enumerate(walking):
+        hessian = Hessian(width, device)
+        _, originals = next(others, (0, None))
+        if originals is not None and index == _DOWN:
+            deque(originals, maxlen=0)  # advance; no drift
+            originals = None
+        for batch, x in inputs:
+            original = None if originals is None else next(originals)[1]
+            hessian.add(x, None if mask is None else mask[batch], original)
+            del x, original
+        if originals is not None:
+            deque(originals, maxlen=0)
+        yield hessian
+    deque(others, maxlen=0)
 
 
-def _walk_down(
+def advance(
     layer: Any,
     states: HiddenStates,
-    mask: Tensor | None,
-    device: torch.device | str,
-    budget: Budget,
-) -> Iterator[Hessian]:
-    """The last stage: the Hessian of down_proj's input, then its product."""
-    room, kept = budget.keep_bytes, {}
-    hessian = Hessian(layer.mlp.config.intermediate_size, device)
+    device: torch.device | str = "cpu",
+    budget: Budget = Budget(),  # noqa: B008
+) -> None:
+    """Advance the hidden states through `layer` in the batches of `walk`, collecting nothing."""
+    for _, inputs in _stages(layer, states, device, budget):
+        deque(inputs, maxlen=0)
+
+
+_Inputs = Iterator[tuple[slice, Tensor]]  # batches of windows, and what a group of linears sees
+
+
+def _stages(
+    layer: Any, states: HiddenStates, device: torch.device | str, budget: Budget
+) -> Iterator[tuple[int, _Inputs]]:
+    """The width and the inputs of each group of linears; take all of them before going on."""
+    config = layer.self_attn.config
     batches = _batches(states, budget.batch_tokens)
-    for index, batch in enumerate(batches):
-        x = states.next.read(batch, states.hidden_size).to(device)
-        y = layer.mlp.mix(layer.post_attention_layernorm(x))
-        hessian.add(y, _rows(mask, batch))
-        room -= y.nbytes
-        if room >= 0:
-            kept[index] = y
-    del x, y
-    yield hessian
+    kept: dict[int, Tensor] = {}
+    yield states.hidden_size, _qkv_inputs(layer, states, device, batches)
+    yield config.num_attention_heads * config.head_dim, _o_inputs(layer, states, device, batches)
+    yield states.hidden_size, _mlp_inputs(layer, states, device, batches)
+    width = layer.mlp.config.intermediate_size
+    yield width, _down_inputs(layer, states, device, batches, (kept, budget.keep_bytes))
     for index, batch in enumerate(batches):
         x = states.next.read(batch, states.hidden_size).to(device)
         y = kept.pop(index, None)
         if y is None:
             y = layer.mlp.mix(layer.post_attention_layernorm(x))
         states.next.write(batch, x + layer.mlp.down_proj(y))
+    states.swap()
 
 
-def _rows(mask: Tensor | None, batch: slice) -> Tensor | None:
-    """The mask of one batch."""
-    return None if mask is None else mask[batch]
+def _qkv_inputs(layer: Any, states: HiddenStates, device: Any, batches: list[slice]) -> _Inputs:
+    for batch in batches:
+        x = states.present.read(batch, states.hidden_size).to(device)
+        yield batch, layer.input_layernorm(x)
+
+
+def _o_inputs(layer: Any, states: HiddenStates, device: Any, batches: list[slice]) -> _Inputs:
+    for batch, x in _qkv_inputs(layer, states, device, batches):
+        y = layer.self_attn.mix(x)
+        states.next.write(batch, y)
+        yield batch, y
+
+
+def _mlp_inputs(layer: Any, states: HiddenStates, device: Any, batches: list[slice]) -> _Inputs:
+    attention, present = layer.self_attn, states.present
+    width = attention.config.num_attention_heads * attention.config.head_dim
+    for batch in batches:
+        y = attention.o_proj(states.next.read(batch, width).to(device))
+        x = present.read(batch, states.hidden_size).to(device) + y
+        states.next.write(batch, x)
+        yield batch, layer.post_attention_layernorm(x)
+
+
+def _down_inputs(
+    layer: Any,
+    states: HiddenStates,
+    device: Any,
+    batches: list[slice],
+    keep: tuple[dict[int, Tensor], int],
+) -> _Inputs:
+    """Fills a dict of what is kept, by batch, up to a number of bytes."""
+    kept, room = keep
+    for index, batch in enumerate(batches):
+        x = states.next.read(batch, states.hidden_size).to(device)
+        y = layer.mlp.mix(layer.post_attention_layernorm(x))
+        room -= y.nbytes
+        if room >= 0:
+            kept[index] = y
+        yield batch, y
 
 
 def _batches(states: HiddenStates, batch_tokens: int) -> list[slice]:

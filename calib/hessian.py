@@ -18,12 +18,15 @@ class Hessian:
 
     Attributes:
         tokens: how many x it holds.
+        drift: (in_features, in_features) float32, the sum of (x~ - x) x^T with x~ the input in the
+            float model; None where x~ is not known.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self._upper = torch.zeros(in_features, in_features, device=device)
         self._mirrored = True
         self.tokens = 0
+        self.drift: Tensor | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -34,15 +37,19 @@ class Hessian:
             self._mirrored = True
         return self._upper
 
-    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
+    def add(self, x: Tensor, mask: Tensor | None = None, original: Tensor | None = None) -> None:
         """Add the rows of x (..., in_features); rows where mask (...) is False (padding) are left
-        out.
+        out. `original` has the same rows in the float model.
         """
-        rows = x.reshape(-1, x.shape[-1]).float() if mask is None else x[mask.to(x.device)].float()
+        rows = _rows(x, mask)
         for start, end in self._panels():
             self._upper[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
         self._mirrored = False
         self.tokens += len(rows)
+        if original is not None:
+            if self.drift is None:
+                self.drift = torch.zeros_like(self._upper)
+            self.drift.addmm_((_rows(original, mask) - rows).T, rows)
 
     def _panels(self) -> list[tuple[int, int]]:
         """(start, end) of the panels of rows; each reaches from the diagonal to the right."""
@@ -63,3 +70,10 @@ class Hessian:
         self._upper += other.matrix
         self._mirrored = False
         self.tokens += other.tokens
+        if other.drift is not None:
+            self.drift = other.drift if self.drift is None else self.drift + other.drift
+
+
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(tokens, in_features) float32, without padding."""
+    return x.reshape(-1, x.shape[-1]).float() if mask is None else x[mask.to(x.device)].float()

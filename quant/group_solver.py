@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calib.hessian import Hessian
 from quant import distributed
 from quant.config import QuantConfig
 from quant.grid import Grid, QuantizedTensor
 from quant.solvers import solve
 from quant.solvers.loss import output_energy
 from quant.solvers.rtn import RTNOptions
+from quant.solvers.target import towards_float
 
 _BLOCK_ROWS = 2048  # judged at a time: enough for full GEMM speed, small next to a weight
 
@@ -38,13 +40,17 @@ class Solved:
 
 
 def solve_group(
-    weights: list[Tensor], hessian: Tensor, config: QuantConfig, options: Any
+    weights: list[Tensor], statistics: Hessian, config: QuantConfig, options: Any
 ) -> list[Solved]:
-    """Solve linears (out, in) of the same input, whose Hessian (in, in) is of all tokens."""
+    """Solve linears (out, in) of the same input, whose Hessian is of all tokens; where it has a
+    drift, aim at the float model's outputs.
+    """
+    hessian, drift = statistics.matrix, statistics.drift
     stack = torch.cat(weights) if len(weights) > 1 else weights[0]
     count = len(stack)
     mine = stack[distributed.share(count)]
-    solution = solve(mine, hessian, config, options)
+    aim = mine if drift is None else towards_float(mine, hessian, drift, options.target)
+    solution = solve(aim, hessian, config, options)
     plain = solve(mine, hessian, config, RTNOptions()).tensor
     losses = distributed.gather_rows(_losses(mine, (solution.tensor, plain), hessian), count)
     whole = _gather(solution.tensor, count)

@@ -15,6 +15,7 @@ processes (quant.distributed) each has its share of the windows and of the rows 
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -37,6 +38,7 @@ from quant.follower import Follower, NoWriter
 from quant.formats import FORMATS
 from quant.geometry import check_shapes
 from quant.group_solver import solve_group
+from quant.layer_inputs import advance_float, embed, empty_states
 from quant.layer_reader import LINEARS, build_layer, read_layers
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
@@ -181,6 +183,8 @@ def _layers(run: _Run, first: int) -> Iterator[Step]:
     """Quantize the layers from `first` on; a Step after each group."""
     mine = distributed.share(len(run.windows))  # of the windows
     states = _hidden_states(run, run.windows[mine], first)
+    aiming = getattr(run.solver, "target", 0) > 0
+    originals = _original_states(run, run.windows[mine], first) if aiming else None
     mask = None if run.mask is None else run.mask[mine]
     for index, tensors in read_layers(run.reader, run.llama, first):
         prefix = f"model.layers.{index}."
@@ -189,9 +193,12 @@ def _layers(run: _Run, first: int) -> Iterator[Step]:
                 run.writer.add_plain(prefix + name, tensor)
         layer = build_layer(run.llama, tensors, run.device)
         done: list[LinearReport] = []
-        walking = walk(layer, states, mask, run.device, run.options.budget)
+        beside = None if originals is None else (copy.deepcopy(layer), originals)
+        walking = walk(layer, states, mask, run.device, run.options.budget, beside)
         for group, hessian in zip(LINEAR_GROUPS, walking, strict=True):
             distributed.sum_(hessian.matrix)
+            if hessian.drift is not None:
+                distributed.sum_(hessian.drift)
             hessian.tokens = distributed.total(hessian.tokens)
             if not torch.isfinite(hessian.matrix.diagonal()).all():
                 raise ValueError(
@@ -207,17 +214,20 @@ def _layers(run: _Run, first: int) -> Iterator[Step]:
 
 def _hidden_states(run: _Run, windows: Tensor, first: int) -> HiddenStates:
     """The input of the first layer to do: the embedding's, or those kept by an earlier run."""
-    llama = run.llama
-    widest = llama.num_attention_heads * llama.head_dim
-    count, tokens = windows.shape
-    states = HiddenStates(count, tokens, llama.hidden_size, widest, run.options.storage)
+    states = empty_states(run.llama, windows, run.options.storage)
     if first:
         run.journal.load_hidden(states)
     else:
-        embedding = run.reader.tensor("model.embed_tokens.weight")
-        states.set_windows(embedding[window] for window in windows)
-        del embedding
-        run.reader.release()
+        embed(run.reader, states, windows)
+    return states
+
+
+def _original_states(run: _Run, windows: Tensor, first: int) -> HiddenStates:
+    """The input of layer `first` in the float model; computed again when a run goes on."""
+    states = empty_states(run.llama, windows, run.options.storage)
+    embed(run.reader, states, windows)
+    compute = (run.device, run.options.budget)
+    advance_float(run.reader, run.llama, states, first, compute)
     return states
 
 
@@ -227,7 +237,7 @@ def _quantize_group(
     """Solve a group of linears; write the codes, put their values into the layer."""
     weights: list[Tensor] = [layer.linear(name).weight for name in group]
     reports = []
-    solved = solve_group(weights, hessian.matrix, run.config, run.solver)
+    solved = solve_group(weights, hessian, run.config, run.solver)
     for name, weight, one in zip(group, weights, solved, strict=True):
         run.writer.add_quantized(prefix + name, one.tensor)
         run.digests[prefix + name] = digest(one.tensor)

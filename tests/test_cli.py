@@ -119,6 +119,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
         "group_size 48 is not supported",
     ),
     "solver": (["quantize", "--model", "MODEL", "--solver", "x"], "solver 'x' is unknown"),
+    "effort": (["quantize", "--model", "MODEL", "--effort", "x"], "effort 'x' is unknown"),
     "target": (
         ["quantize", "--model", "MODEL", "--asym", "--target", "vllm"],
         "--target vllm will not load the result",

@@ -15,7 +15,7 @@ LAYERS = [
     + ["quant.convert", "quant.publishing"],
     ["quant.resume", "quant.follower", "quant.run_options", "quant.model_card", "quant.plan"],
     ["quant.linear", "quant.report", "quant.verification", "quant.contenders"]
-    + ["quant.runtimes", "quant.group_solver"],
+    + ["quant.runtimes", "quant.group_solver", "quant.layer_inputs"],
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.sources", "quant.layer_reader", "quant.fingerprint", "quant.partial", "quant.machine"],
     ["quant.grid", "quant.packing", "quant.checkpoint", "quant.checkpoint_writer"]

@@ -81,6 +81,15 @@ Seed = Annotated[
 Solver = Annotated[
     str, typer.Option(help="gptq, or rtn (round to nearest).", rich_help_panel=SOLVING)
 ]
+Effort = Annotated[
+    str,
+    typer.Option(
+        help="What gptq does for accuracy. fast: scales searched by their weighted error. "
+        "balanced: also aims at the float model's outputs, which runs the float model beside the "
+        "quantized one: at most twice the time and hidden states of fast.",
+        rich_help_panel=SOLVING,
+    ),
+]
 ActOrder = Annotated[
     bool,
     typer.Option(help="Most active inputs first; free at run time.", rich_help_panel=SOLVING),
@@ -108,6 +117,7 @@ def quantize(
     seq_len: Length = None,
     seed: Seed = 0,
     solver: Solver = "gptq",
+    effort: Effort = "fast",
     act_order: ActOrder = True,
     damp: Damp = 0.01,
     device: Device = "auto",
@@ -133,7 +143,7 @@ def quantize(
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
     output = output or Path(f"{_name(model)}-w{bits}-{group}")
     refuse_existing(output, overwrite)
-    solver_options = _solver_options(solver, act_order, damp)
+    solver_options = _solver_options(solver, effort, act_order, damp)
     length = seq_len or min(2048, llama.max_position_embeddings)
     sources = calib or ["stdlib"]
     windows = distributed.from_first(lambda: _windows(model, sources, samples, length, seed))
@@ -177,14 +187,18 @@ def _check_target(target: str, llama: Any, config: Any) -> None:
     check_target(target, config, shapes)
 
 
-def _solver_options(solver: str, act_order: bool, damp: float) -> Any:
+def _solver_options(solver: str, effort: str, act_order: bool, damp: float) -> Any:
     """The options of the solver called `solver`."""
     from quant.solvers import SOLVERS
-    from quant.solvers.gptq import GPTQOptions
+    from quant.solvers.gptq import EFFORTS
 
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown; there are {', '.join(SOLVERS)}")
-    return GPTQOptions(act_order, damp) if solver == "gptq" else SOLVERS[solver][1]()
+    if effort not in EFFORTS:
+        raise ValueError(f"effort {effort!r} is unknown; there are {', '.join(EFFORTS)}")
+    if solver != "gptq":
+        return SOLVERS[solver][1]()
+    return replace(EFFORTS[effort], act_order=act_order, damp=damp)
 
 
 def _storage(hidden: str, spill: Path | None) -> Any:

@@ -44,23 +44,31 @@ class GPTQOptions:
         scales: how group grids are chosen, one of SCALES: "minmax" spans each group's range,
             "weighted" searches for the least error weighted by diag(H), "signed" the same with
             negative scales allowed in symmetric grids.
+        target: how far to aim at the float model's outputs rather than at the weights, 0 to 1; 0
+            is off. Used by the pipeline, see quant.solvers.target.
     """
 
     act_order: bool = True
     damp: float = 0.01
     block_size: int = 128
     scales: str = "weighted"
+    target: float = 0.0
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
             raise ValueError(
                 f"scales {self.scales!r} is unknown; choose one of {', '.join(SCALES)}"
             )
+        if not 0 <= self.target <= 1:
+            raise ValueError(f"target {self.target} is out of range; 0 <= target <= 1")
         if not 0 <= self.damp < 1:
             raise ValueError(
                 f"damp {self.damp} is out of range; it is a fraction of the mean diagonal, 0 <= "
                 "damp < 1"
             )
+
+
+EFFORTS = {"fast": GPTQOptions(), "balanced": GPTQOptions(target=0.5)}
 
 
 def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Solution:

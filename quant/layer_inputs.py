@@ -1,0 +1,43 @@
+"""The hidden states before the first layer, and before any layer of the float model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calib.capture import Budget, advance
+from calib.hidden import HiddenStates, Storage
+from quant.checkpoint import CheckpointReader
+from quant.layer_reader import build_layer, read_layers
+from quant.llama.config import LlamaConfig
+
+
+def empty_states(llama: LlamaConfig, windows: Tensor, storage: Storage) -> HiddenStates:
+    """Room for the hidden states of windows (windows, tokens) of ids, and for a layer's work."""
+    widest = llama.num_attention_heads * llama.head_dim
+    count, tokens = windows.shape
+    return HiddenStates(count, tokens, llama.hidden_size, widest, storage)
+
+
+def embed(reader: CheckpointReader, states: HiddenStates, windows: Tensor) -> None:
+    """Make `states` the input of the first layer: the embeddings of the windows' ids."""
+    embedding = reader.tensor("model.embed_tokens.weight")
+    states.set_windows(embedding[window] for window in windows)
+    del embedding
+    reader.release()
+
+
+def advance_float(
+    reader: CheckpointReader,
+    llama: LlamaConfig,
+    states: HiddenStates,
+    count: int,
+    compute: tuple[torch.device, Budget],
+) -> None:
+    """Advance `states` through the first `count` layers of the float model."""
+    if not count:
+        return
+    for index, tensors in read_layers(reader, llama):
+        advance(build_layer(llama, tensors, compute[0]), states, *compute)
+        if index + 1 == count:
+            return

@@ -1,0 +1,37 @@
+"""The weight to aim at, so that errors of the layers before are undone rather than passed on.
+
+A linear of the quantized model sees x where the float model saw x~. Instead of keeping W x, the
+linear should give W x~. The squared distance to that is, up to a constant,
+
+    tr (W* - Q) H (W* - Q)^T ,      W* = W + W D H^-1 ,   D = sum of (x~ - x) x^T ,
+
+(QEP, arXiv 2504.09629; GPTAQ, arXiv 2504.02692), so any solver serves, given W* for W. A part of D
+is noise of the calibration data: W* goes a share `strength` of the way, and H is damped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_DAMP = 0.1  # of the mean diagonal of H, ten times GPTQ's: D is noisier than H
+
+
+def towards_float(weight: Tensor, hessian: Tensor, drift: Tensor, strength: float) -> Tensor:
+    """W + strength * W D (H + 0.1 mean(diag H) I)^-1.
+
+    Args:
+        weight: (out, in) float32.
+        hessian: (in, in) float32, the sum of x x^T.
+        drift: (in, in) float32, the sum of (x~ - x) x^T.
+        strength: 0 keeps the weight, 1 goes all the way.
+
+    Returns:
+        (out, in) float32.
+    """
+    H = hessian.clone()
+    H.diagonal().add_((_DAMP * H.diagonal().mean()).clamp(min=1e-12))
+    lower, failed = torch.linalg.cholesky_ex(H)
+    if failed.item():  # rounding of a nearly singular H: float64 has room for it
+        lower = torch.linalg.cholesky(H.double()).to(H.dtype)
+    return weight + strength * torch.cholesky_solve((weight @ drift).T, lower).T

@@ -1,0 +1,184 @@
+"""pytest tests/test_target.py: the weight that aims at the float model's outputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from calib import capture
+from calib.hessian import Hessian
+from calib.hidden import HiddenStates
+from quant import QuantConfig, quantize_checkpoint
+from quant.llama.config import LlamaConfig
+from quant.llama.model import LINEAR_GROUPS, DecoderLayer
+from quant.run_options import RunOptions, Step
+from quant.solvers import gptq
+from quant.solvers.gptq import GPTQOptions
+from quant.solvers.target import towards_float
+from quant.sources import open_checkpoint
+
+
+@pytest.fixture
+def tiny_checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint()
+
+
+def inputs(tokens: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Float64 weight, input, and the float model's input."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, columns, generator=generator, dtype=torch.float64)
+    original = x + 0.3 * torch.randn(tokens, columns, generator=generator, dtype=torch.float64)
+    return torch.randn(5, columns, generator=generator, dtype=torch.float64), x, original
+
+
+def test_equals_ridge_regression_on_8_columns() -> None:
+    """V minimises |W x~ - V x|^2 + l |V - W|^2, solved as one least-squares problem."""
+    weight, x, original = inputs(100, 8)
+    H, drift = x.T @ x, (original - x).T @ x
+    root = (0.1 * H.diagonal().mean()).sqrt() * torch.eye(8, dtype=torch.float64)
+    wanted = torch.cat([original @ weight.T, root @ weight.T])
+    best = torch.linalg.lstsq(torch.cat([x, root]), wanted).solution.T
+    assert torch.allclose(towards_float(weight, H, drift, 1.0), best, atol=1e-10)
+    half = towards_float(weight, H, drift, 0.5)
+    assert torch.allclose(half, (weight + best) / 2, atol=1e-10)
+
+
+def test_outputs_come_closer_to_those_of_the_float_model() -> None:
+    weight, x, original = inputs(400, 32)
+    H, drift = x.T @ x, (original - x).T @ x
+    distances = [
+        (original @ weight.T - x @ towards_float(weight, H, drift, a).T).square().sum().item()
+        for a in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    assert distances == sorted(distances, reverse=True) and distances[-1] < distances[0]
+
+
+def test_no_drift_and_no_activity_change_nothing() -> None:
+    weight, x, _ = inputs(40, 8)
+    zero = torch.zeros(8, 8, dtype=torch.float64)
+    assert torch.equal(towards_float(weight, x.T @ x, zero, 1.0), weight)
+    assert torch.equal(towards_float(weight, zero, zero, 1.0), weight)
+
+
+def test_a_nearly_singular_hessian_is_solved() -> None:
+    x = torch.full((1, 600), 1e6)
+    moved = towards_float(torch.ones(2, 600), x.T @ x, 0.1 * x.T @ x, 0.5)
+    assert torch.isfinite(moved).all()
+
+
+def test_drift_leaves_out_padding_and_merges() -> None:
+    _, x, original = (t.float() for t in inputs(30, 8))
+    mask = torch.arange(30) < 20
+    whole, first, second = Hessian(8), Hessian(8), Hessian(8)
+    whole.add(x, mask, original)
+    first.add(x[:11], None, original[:11])
+    second.add(x[11:20], None, original[11:20])
+    first.merge(second)
+    assert whole.drift is not None and first.drift is not None
+    assert torch.allclose(whole.drift, (original[:20] - x[:20]).T @ x[:20], atol=1e-4)
+    assert torch.allclose(whole.drift, first.drift, atol=1e-4)
+    assert whole.tokens == first.tokens == 20
+
+
+def test_walk_beside_sees_both_models(tiny_checkpoint: Path) -> None:
+    """Drifts equal those of two separate walks; the float stream ends where a plain one does."""
+    torch.manual_seed(0)
+    llama = LlamaConfig.from_dict(open_checkpoint(tiny_checkpoint).config)
+    layer = DecoderLayer(llama)
+    hidden, other = torch.randn(5, 40, llama.hidden_size), torch.randn(5, 40, llama.hidden_size)
+
+    def states(values: Tensor) -> HiddenStates:
+        filled = HiddenStates(5, 40, llama.hidden_size)
+        filled.set_windows(values)
+        return filled
+
+    def rows(walked: DecoderLayer, values: Tensor) -> list[Tensor]:
+        seen = capture._stages(walked, states(values), "cpu", capture.Budget())
+        return [torch.cat([x for _, x in batches]).flatten(0, 1) for _, batches in seen]
+
+    with torch.inference_mode():
+        mine, theirs = states(hidden), states(other)
+        walking = capture.walk(layer, mine, beside=(copy.deepcopy(layer), theirs))
+        drifts = [hessian.drift for hessian in walking]
+        plain = states(other)
+        capture.advance(layer, plain)
+        assert torch.equal(theirs.output(), plain.output())
+        assert len(drifts) == len(LINEAR_GROUPS) and drifts[3] is None
+        pairs = zip(rows(layer, hidden), rows(layer, other), drifts[:3], strict=False)
+        for x, original, drift in pairs:
+            assert drift is not None
+            assert torch.allclose(drift, (original - x).T @ x, atol=1e-2, rtol=1e-4)
+
+
+def quantized(checkpoint: Path, folder: Path, options: GPTQOptions) -> dict[str, Tensor]:
+    windows = torch.randint(0, 2000, (8, 64), generator=torch.Generator().manual_seed(0))
+    quantize_checkpoint(checkpoint, folder, windows, QuantConfig(4, 32), options)
+    reader = open_checkpoint(folder)
+    return {name: reader.tensor(name).clone() for name in reader.names()}
+
+
+def test_pipeline_aims_where_there_is_drift(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The first linears see what the float model sees, so the target is their own weight."""
+    aimed = quantized(tiny_checkpoint, tmp_path / "a", GPTQOptions(target=0.5))
+    plain = quantized(tiny_checkpoint, tmp_path / "b", GPTQOptions(target=0))
+    again = quantized(tiny_checkpoint, tmp_path / "c", GPTQOptions(target=0.5))
+    first = "model.layers.0.self_attn.{}_proj.qweight"
+    for name in "qkv":
+        assert torch.equal(aimed[first.format(name)], plain[first.format(name)])
+    for name in ("layers.0.self_attn.o", "layers.1.self_attn.q", "layers.1.mlp.up"):
+        key = f"model.{name}_proj.qweight"
+        assert not torch.equal(aimed[key], plain[key])
+    assert all(torch.equal(aimed[name], again[name]) for name in aimed)
+
+
+def test_off_is_plain_gptq(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all improvements off none of their code runs: test_solvers compares with OBQ."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("an improvement ran")
+
+    monkeypatch.setattr("quant.group_solver.towards_float", never)
+    monkeypatch.setattr("quant.pipeline._original_states", never)
+    monkeypatch.setattr(gptq, "fit_weighted", never)
+    quantized(tiny_checkpoint, tmp_path / "a", GPTQOptions(scales="minmax", target=0))
+    with pytest.raises(AssertionError, match="an improvement ran"):
+        quantized(tiny_checkpoint, tmp_path / "b", GPTQOptions(scales="minmax", target=1))
+
+
+def test_target_is_checked() -> None:
+    with pytest.raises(ValueError, match="target 1.5 is out of range"):
+        GPTQOptions(target=1.5)
+
+
+def test_efforts_are_what_their_names_say() -> None:
+    assert gptq.EFFORTS["fast"] == GPTQOptions(scales="weighted", target=0)
+    assert gptq.EFFORTS["balanced"] == GPTQOptions(scales="weighted", target=0.5)
+
+
+def test_a_resumed_run_aims_at_the_same_target(make_checkpoint: Callable[..., Path]) -> None:
+    """The float stream is not kept on the disk; it is computed again, to the same bytes."""
+    source = make_checkpoint(num_hidden_layers=3)
+    windows = torch.randint(0, 2000, (8, 64), generator=torch.Generator().manual_seed(0))
+    config, options = QuantConfig(4, 32), GPTQOptions(target=0.5)
+    quiet, out = source.parent / "quiet", source.parent / "out"
+    quantize_checkpoint(source, quiet, windows, config, options)
+
+    def stop(step: Step) -> None:
+        if step.layer == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, out, windows, config, options, RunOptions(on_step=stop))
+    layers: list[int] = []
+    going_on = RunOptions(resume=True, on_step=lambda step: layers.append(step.layer))
+    quantize_checkpoint(source, out, windows, config, options, going_on)
+    assert set(layers) <= {1, 2} and 2 in layers
+    mine, same = open_checkpoint(out), open_checkpoint(quiet)
+    assert all(torch.equal(mine.tensor(name), same.tensor(name)) for name in same.names())
