@@ -37,7 +37,9 @@ _STACKS = 6  # matrices of the shape that is solved: weights, errors, codes, the
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned: a model of `weight_bytes` per weight, windows, and how they are held."""
+    """What is planned: a model of `weight_bytes` per weight, windows, how they are held, and
+    whether the float model runs beside the quantized one.
+    """
 
     llama: LlamaConfig
     config: QuantConfig
@@ -46,6 +48,7 @@ class Job:
     weight_bytes: float
     storage: Storage = Storage()  # noqa: RUF009 - frozen
     budget: Budget = Budget()  # noqa: RUF009 - frozen
+    beside: bool = False
 
     @property
     def tokens(self) -> int:
@@ -117,13 +120,18 @@ def make_plan(job: Job) -> Plan:
     solving = max(_SQUARES * width**2 + _STACKS * rows * width for rows, width in groups) * 4
     memory = _BASE_BYTES + max(solving, batch) + kept + packed
     memory += weights * (4 + job.weight_bytes) + (0 if job.storage.spill else states)
+    streams = 2 if job.beside else 1
+    if job.beside:
+        per_layer["forward"] *= 2
+        per_layer["Hessian"] += sum(2 * width**2 * tokens for _, width in groups[:-1])
+        memory += 4 * weights + kept + (0 if job.storage.spill else states)
     return Plan(
         layers=llama.num_hidden_layers,
         tokens=tokens,
         flops={part: count * llama.num_hidden_layers for part, count in per_layer.items()},
         memory=int(memory),
         states=states,
-        spilled=states if job.storage.spill else 0,
+        spilled=streams * states if job.storage.spill else 0,
         output=output,
     )
 

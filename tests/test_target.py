@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from calib.hidden import HiddenStates
 from quant import QuantConfig, quantize_checkpoint
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
+from quant.plan import Job, make_plan
 from quant.run_options import RunOptions, Step
 from quant.solvers import gptq
 from quant.solvers.gptq import GPTQOptions
@@ -155,6 +157,17 @@ def test_off_is_plain_gptq(
 def test_target_is_checked() -> None:
     with pytest.raises(ValueError, match="target 1.5 is out of range"):
         GPTQOptions(target=1.5)
+
+
+def test_plan_counts_the_second_stream(tiny_checkpoint: Path) -> None:
+    llama = LlamaConfig.from_dict(open_checkpoint(tiny_checkpoint).config)
+    job = Job(llama, QuantConfig(4, 32), 8, 64, 2)
+    one, two = make_plan(job), make_plan(replace(job, beside=True))
+    assert two.flops["forward"] == 2 * one.flops["forward"]
+    widths = (llama.hidden_size,) * 3
+    more = sum(2 * width**2 * job.tokens for width in widths) * llama.num_hidden_layers
+    assert two.flops["Hessian"] - one.flops["Hessian"] == more
+    assert two.memory - one.memory >= one.states
 
 
 def test_efforts_are_what_their_names_say() -> None:

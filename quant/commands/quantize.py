@@ -151,6 +151,7 @@ def quantize(
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
     count, length = windows[distributed.share(len(windows), 0)].shape  # of one process
     job = Job(llama, config, count, length, weight_bytes(reader), _storage(hidden, spill))
+    job = replace(job, beside=getattr(solver_options, "target", 0) > 0)
     if max_memory is not None:
         job = fit_memory(job, parse_size(max_memory), output.absolute().parent)
     forecast = distributed.from_first(lambda: _forecast(job, output))
