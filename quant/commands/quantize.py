@@ -85,8 +85,8 @@ Effort = Annotated[
     str,
     typer.Option(
         help="What gptq does for accuracy. fast: scales searched by their weighted error. "
-        "balanced: also aims at the float model's outputs, which runs the float model beside the "
-        "quantized one: at most twice the time and hidden states of fast.",
+        "balanced: also aims at the float model's outputs; the float model runs beside the "
+        "quantized one, with a forward, hidden states and layer weights of its own.",
         rich_help_panel=SOLVING,
     ),
 ]
