@@ -47,13 +47,13 @@ OP vf load_half(const uint16_t *p) {
 OP vi load_bytes(const uint8_t *p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
 }
-/* A permutation looks at the low four bits of an index alone: the nibble looks up its own float. */
-OP vf nibble(vi raw, int i) {
-    const vf table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(raw, 4 * i), table);
+OP vi field(vi raw, int down, int mask) {
+    return _mm512_and_si512(_mm512_srli_epi32(raw, down), _mm512_set1_epi32(mask));
 }
-OP vf byte(vi raw, int i) {
-    return to_f(_mm512_and_si512(_mm512_srli_epi32(raw, 8 * i), _mm512_set1_epi32(255)));
+OP vi up(vi a, int n) { return _mm512_slli_epi32(a, n); }
+OP vi sub_i(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+OP vi repeat(vf zero, int ones) {
+    return _mm512_mullo_epi32(_mm512_cvtps_epi32(zero), _mm512_set1_epi32(ones));
 }
 OP vi word(const uint32_t *p) { return _mm512_set1_epi32((int32_t)*p); }
 OP vf value(const float *p) { return set1_f(*p); }

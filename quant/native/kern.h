@@ -16,7 +16,7 @@
 #define TILE 16
 #define LINE 64
 
-enum precision { EXACT, HIGH, FAST };
+enum precision { EXACT, HIGH, FAST, PLAIN }; /* PLAIN: inputs of a panel, not for callers */
 
 typedef struct {
     const uint8_t *codes;   /* tiles x (k * bytes per input) x 16, 64-byte aligned */
@@ -30,6 +30,7 @@ typedef struct {
  * inputs. A block of rows stands together, word by word: word i of its row r is
  * words[i * rows + r], so that a kernel reads all its rows in one stream; scales and sums likewise.
  * Rows before `row` take row * (words of a row) words, whatever their blocks.
+ * Floats are mixed as the instruction set's tiles want them (mix_inputs), for panels they are plain.
  * int16 inputs are permuted within each 8 to 0 2 4 6 1 3 5 7, the order in which shifting a line
  * gives its codes. */
 typedef struct {

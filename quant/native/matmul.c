@@ -18,7 +18,7 @@
 
 typedef struct {
     const kern_isa *isa;
-    int precision, most; /* rows of a block, all but the last */
+    int precision, by_panel, most; /* rows of a block, all but the last */
     const kern_weight *w;
     kern_input input;
     uint32_t *words; /* where `prepare` puts its results */
@@ -42,7 +42,7 @@ static void prepare(int64_t begin, int64_t end, void *context) {
     for (int64_t row = begin * j->most; row < least(end * j->most, j->m); row++) {
         const int64_t first = row / j->most * j->most;
         const int rows = (int)least(j->most, j->m - first);
-        j->isa->prepare(j->precision, j->w, j->x + row * j->ldx, j->gather, j->input.block, rows,
+        j->isa->prepare(j->by_panel ? PLAIN : j->precision, j->w, j->x + row * j->ldx, j->gather, j->input.block, rows,
                         j->words + first * words_of(j) + (row - first),
                         j->scales + first * blocks + (row - first),
                         j->sums + first * groups + (row - first));
@@ -138,27 +138,22 @@ int kern_matmul(int precision, const kern_weight *w, const float *x, int64_t ldx
                 const int32_t *gather, int64_t m, float *y) {
     if (m == 0 || w->n == 0) return 0;
     if (w->bits == 8 && precision == FAST) precision = HIGH; /* products of bytes would saturate */
-    const int by_panel = precision == EXACT && m > EXACT_TILE_ROWS;
     job j = {.isa = kern_active(),
              .precision = precision,
+             .by_panel = precision == EXACT && m > EXACT_TILE_ROWS,
              .w = w,
              .x = x,
              .ldx = ldx,
              .m = m,
              .gather = gather,
              .y = y};
-    j.most = by_panel ? j.isa->panel_rows : w->bits == 8 ? 1 : j.isa->tile_rows[precision];
+    j.most = j.by_panel ? j.isa->panel_rows : w->bits == 8 ? 1 : j.isa->tile_rows[precision];
     j.input.block = block_of(precision, w->group);
-    const int in_place = precision == EXACT && m == 1 && !gather;
-    void *room = in_place ? NULL : make_room(&j);
-    if (in_place)
-        j.input.words = (const uint32_t *)x;
-    else if (room)
-        kern_parallel((m + j.most - 1) / j.most, 1 + SERIAL_WORK / w->k / j.most, prepare, &j);
-    else
-        return -1;
+    void *room = make_room(&j);
+    if (!room) return -1;
+    kern_parallel((m + j.most - 1) / j.most, 1 + SERIAL_WORK / w->k / j.most, prepare, &j);
     const int64_t count = (w->n + TILE - 1) / TILE, grain = 1 + SERIAL_WORK / (w->k * TILE * m);
-    kern_parallel(count, grain, by_panel ? panels : tiles, &j);
+    kern_parallel(count, grain, j.by_panel ? panels : tiles, &j);
     free(room);
     return 0;
 }

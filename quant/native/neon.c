@@ -48,12 +48,13 @@ OP vf load_f(const float *p) { return vld1q_f32(p); }
 OP void store_f(float *p, vf a) { vst1q_f32(p, a); }
 OP vf load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 OP vi load_bytes(const uint8_t *p) { return (vi){p[0], p[1], p[2], p[3]}; }
-OP vf field(vi raw, int shift, uint32_t mask) {
-    uint32x4_t down = vshlq_u32(vreinterpretq_u32_s32(raw), vdupq_n_s32(-shift));
-    return vcvtq_f32_u32(vandq_u32(down, vdupq_n_u32(mask)));
+OP vi field(vi raw, int down, int mask) {
+    uint32x4_t lane = vshlq_u32(vreinterpretq_u32_s32(raw), vdupq_n_s32(-down));
+    return vreinterpretq_s32_u32(vandq_u32(lane, vdupq_n_u32((uint32_t)mask)));
 }
-OP vf nibble(vi raw, int i) { return field(raw, 4 * i, 15); }
-OP vf byte(vi raw, int i) { return field(raw, 8 * i, 255); }
+OP vi up(vi a, int n) { return vshlq_s32(a, vdupq_n_s32(n)); }
+OP vi sub_i(vi a, vi b) { return vsubq_s32(a, b); }
+OP vi repeat(vf zero, int ones) { return vmulq_n_s32(vcvtq_s32_f32(zero), ones); }
 OP vi word(const uint32_t *p) { return vdupq_n_s32((int32_t)*p); }
 OP vf value(const float *p) { return set1_f(*p); }
 OP v8 dot8(v8 acc, vi w, vi a) {

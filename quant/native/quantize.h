@@ -61,13 +61,23 @@ static const float *pick(const float *x, const int32_t *gather, int64_t count, f
     return picked;
 }
 
+/* Inputs that undo the mixture in which the exact tiles of tile.h unpack four codes. */
+static const float *mix_inputs(const float *x, int64_t count, float *mixed) {
+    for (int64_t i = 0; i < count; i += 4) {
+        for (int j = 0; j < 3; j++) mixed[i + j] = x[i + j] - x[i + j + 1] * 0x1p-8f;
+        mixed[i + 3] = x[i + 3];
+    }
+    return mixed;
+}
+
 static void prepare_row(int precision, const kern_weight *w, const float *x, const int32_t *gather,
                         int64_t block, int rows, uint32_t *words, float *scales, float *sums) {
-    float picked[MOST_BLOCK];
+    float picked[MOST_BLOCK], mixed[MOST_BLOCK];
     int32_t q[MOST_BLOCK];
     for (int64_t k = 0; k < w->k; k += block) {
         const float *values = gather ? pick(x, gather + k, block, picked) : x + k;
-        if (precision == EXACT) {
+        if (precision == PLAIN || precision == EXACT) {
+            if (precision == EXACT && w->bits == 4) values = mix_inputs(values, block, mixed);
             put_words(values, block, rows, words + k * rows);
             continue;
         }

@@ -91,5 +91,12 @@ static void multiply(int rows, const float *x, const float *panel, int64_t count
                 out[r * TILE + c] += x[k * rows + r] * panel[k * TILE + c];
 }
 
-const kern_isa kern_scalar = {"scalar", {4, 4, 4}, 4, 1, prepare_row, tile_rows, panel, multiply,
-                              round_rows};
+/* Here float32 inputs stay as they are. */
+static void prepare(int precision, const kern_weight *w, const float *x, const int32_t *gather,
+                    int64_t block, int rows, uint32_t *words, float *scales, float *sums) {
+    if (precision == EXACT) precision = PLAIN;
+    prepare_row(precision, w, x, gather, block, rows, words, scales, sums);
+}
+
+const kern_isa kern_scalar = {"scalar",  {4, 4, 4}, 4,        1,         prepare,
+                              tile_rows, panel,     multiply, round_rows};

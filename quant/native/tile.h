@@ -5,18 +5,20 @@
  *   low(raw) high(raw)      nibbles as bytes: inputs 0..3 and 4..7 of each lane
  *   pairs(raw, s)           16-bit codes, s = 0..3: inputs (0,2) (4,6) (1,3) (5,7)
  *   byte_pairs(raw, s)      of 8-bit codes, s = 0, 1: inputs (0,2) (1,3)
- *   nibble(raw, i)          float of the i-th nibble: inputs 0 4 1 5 2 6 3 7
- *   byte(raw, i)            float of the i-th byte
+ *   field(raw, down, mask)  the bits of `mask` of each lane shifted down
+ *   up(a, n)                each lane shifted up
+ *   repeat(zero, ones)      the float as an integer times `ones`
  *   dot8(acc, w, a)         acc + the 4 products of bytes; total8(acc) as 32-bit lanes
  *   dot16(acc, w, a)        acc + the 2 products of 16-bit values
  *   word(p)                 4 bytes at p in every lane; value(p) as a float
- *   add_i to_f fma_f add_f mul_f sub_f load_f store_f load_half(p) load_bytes(p)
+ *   add_i sub_i to_f fma_f add_f mul_f sub_f load_f store_f load_half(p) load_bytes(p)
  *
  * `rows` is a constant in every call, so that accumulators are registers. */
 #define AHEAD 2048 /* bytes of weights to prefetch */
 #define VECTORS (TILE / LANES)
 #define INLINE static inline __attribute__((always_inline))
-#define EACH(i, n) for (int i = 0; i < (n); i++)
+/* Unrolled early, so that arrays of vectors become registers. */
+#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
 
 /* Four bytes of a tile's line are one output: vector v starts here. */
 #define PART(line, v) ((line) + (v) * LANES * 4)
@@ -128,47 +130,70 @@ INLINE void integer_tile(int precision, int rows, int bits, const kern_weight *w
     EACH(r, rows) EACH(v, VECTORS) store_f(out + r * TILE + v * LANES, totals[r][v]);
 }
 
-/* The i-th input of a line as floats, code - zero. */
-INLINE vf centred(int bits, vi raw, int i, vf zero) {
-    return sub_f(bits == 8 ? byte(raw, i) : nibble(raw, i), zero);
+/* Four inputs of each output as floats, from the 32-bit integers
+ *     L = v0 + 256 v1 + 256^2 v2 + 256^3 v3,   v = code - zero,
+ * which one mask and one subtraction give for all four. L shifted up by 24, 16, 8 and 0 bits is
+ *     2^24 (v0),  2^24 (v1 + v0/256),  2^24 (v2 + v1/256 + v0/256^2),  ...
+ * and the inputs that `mix_inputs` prepared undo the mixture: x3, x2 - x3/256, x1 - x2/256, x0 -
+ * x1/256. So a code costs no mask and no subtraction of its own. The rounding of a mixed term is
+ * float32's: relative to itself, or to 1/256 of its neighbour. */
+INLINE vf mixed(vi four, int j) { return to_f(j == 3 ? four : up(four, 24 - 8 * j)); }
+
+INLINE vi four_codes(vi raw, int half, vi zeros) {
+    return sub_i(field(raw, 4 * half, 0x0f0f0f0f), zeros);
+}
+
+/* The products of one line, 8 inputs, added to `parts`, whose sums are 2^24 too large. */
+INLINE void exact_line(int rows, int chains, const uint8_t *line, const vi *zeros,
+                       const float *values, vf parts[][VECTORS][4]) {
+    EACH(half, 2) EACH(v, VECTORS) {
+        vi four = four_codes(load(PART(line, v)), half, zeros[v]);
+        EACH(j, 4) {
+            vf codes = mixed(four, j);
+            EACH(r, rows) {
+                vf *part = &parts[r][v][j % chains];
+                *part = fma_f(codes, value(values + (4 * half + j) * rows + r), *part);
+                PIN(*part);
+            }
+        }
+    }
+}
+
+/* The same for 8 bits, 4 inputs: codes are too long to be mixed. */
+INLINE void exact_line_8bit(const uint8_t *line, const vi *zeros, const float *values,
+                            vf parts[][VECTORS][4]) {
+    EACH(v, VECTORS) EACH(j, 4) {
+        vf code = to_f(sub_i(field(load(PART(line, v)), 8 * j, 255), zeros[v]));
+        parts[0][v][j] = fma_f(code, value(values + j), parts[0][v][j]);
+    }
 }
 
 /* out (rows, 16) in float32; several partial sums, since one chain of additions is slow. */
 INLINE void exact_tile(int rows, int bits, const kern_weight *w, int64_t tile, const kern_input *x,
                        int64_t row, float *out) {
-    enum { NIBBLE_ORDER = 0x73625140 }; /* the inputs of nibbles 0..7, four bits each */
     const int per_line = 32 / bits;
     const uint8_t *line = w->codes + tile * w->k * TILE * bits / 8;
     const float *values = (const float *)x->words + row * w->k;
-    const int chains = rows * VECTORS >= 8   ? 1
-                       : rows * VECTORS >= 4 ? 2
-                       : rows * VECTORS >= 2 ? 4
-                                             : 8;
+    const int chains = rows * VECTORS >= 8 ? 1 : rows * VECTORS >= 4 ? 2 : 4;
     vf totals[TILE_ROWS_EXACT][VECTORS];
     EACH(r, rows) EACH(v, VECTORS) totals[r][v] = zero_f();
     for (int64_t g = 0; g < w->k / w->group; g++) {
         group_grid grid = load_grid(w, tile, g);
-        vf parts[TILE_ROWS_EXACT][VECTORS][8];
-        EACH(r, rows) EACH(v, VECTORS) EACH(c, chains) parts[r][v][c] = zero_f();
-        for (int64_t k = 0; k < w->group; k += per_line, line += LINE) {
-            vi raw[VECTORS];
+        vi zeros[VECTORS];
+        EACH(v, VECTORS) zeros[v] = repeat(grid.zero[v], bits == 8 ? 1 : 0x01010101);
+        vf parts[TILE_ROWS_EXACT][VECTORS][4];
+        EACH(r, rows) EACH(v, VECTORS) EACH(c, 4) parts[r][v][c] = zero_f();
+        for (int64_t k = 0; k < w->group; k += per_line, line += LINE, values += per_line * rows) {
             prefetch(line + AHEAD);
-            EACH(v, VECTORS) raw[v] = load(PART(line, v));
-            EACH(i, per_line) {
-                const int input = bits == 8 ? i : NIBBLE_ORDER >> 4 * i & 7;
-                EACH(v, VECTORS) {
-                    vf weight = centred(bits, raw[v], i, grid.zero[v]);
-                    EACH(r, rows) {
-                        vf input_r = value(values + input * rows + r);
-                        parts[r][v][i % chains] = fma_f(weight, input_r, parts[r][v][i % chains]);
-                    }
-                }
-            }
-            values += per_line * rows;
+            if (bits == 8)
+                exact_line_8bit(line, zeros, values, parts);
+            else
+                exact_line(rows, chains, line, zeros, values, parts);
         }
         EACH(r, rows) EACH(v, VECTORS) {
-            for (int c = 1; c < chains; c++) parts[r][v][0] = add_f(parts[r][v][0], parts[r][v][c]);
-            totals[r][v] = fma_f(parts[r][v][0], grid.scale[v], totals[r][v]);
+            for (int c = 1; c < 4; c++) parts[r][v][0] = add_f(parts[r][v][0], parts[r][v][c]);
+            vf scale = mul_f(grid.scale[v], set1_f(bits == 8 ? 1.0f : 0x1p-24f));
+            totals[r][v] = fma_f(parts[r][v][0], scale, totals[r][v]);
         }
     }
     EACH(r, rows) EACH(v, VECTORS) store_f(out + r * TILE + v * LANES, totals[r][v]);
@@ -232,8 +257,10 @@ INLINE void panel_of(int bits, const kern_weight *w, int64_t tile, int64_t start
         EACH(v, VECTORS) {
             vi raw = load(PART(line, v));
             EACH(i, per_line) {
+                /* nibbles 0..7 of a lane are inputs 0 4 1 5 2 6 3 7 */
                 const int input = bits == 8 ? i : 0x73625140 >> 4 * i & 7;
-                vf weight = mul_f(centred(bits, raw, i, grid.zero[v]), grid.scale[v]);
+                vf code = to_f(field(raw, bits * i, (1 << bits) - 1));
+                vf weight = mul_f(sub_f(code, grid.zero[v]), grid.scale[v]);
                 store_f(out + input * width + v * LANES, weight);
             }
         }

@@ -46,11 +46,13 @@ OP vf load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((con
 OP vi load_bytes(const uint8_t *p) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
 }
-OP vf nibble(vi raw, int i) {
-    return to_f(_mm256_and_si256(_mm256_srli_epi32(raw, 4 * i), _mm256_set1_epi32(15)));
+OP vi field(vi raw, int down, int mask) {
+    return _mm256_and_si256(_mm256_srli_epi32(raw, down), _mm256_set1_epi32(mask));
 }
-OP vf byte(vi raw, int i) {
-    return to_f(_mm256_and_si256(_mm256_srli_epi32(raw, 8 * i), _mm256_set1_epi32(255)));
+OP vi up(vi a, int n) { return _mm256_slli_epi32(a, n); }
+OP vi sub_i(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+OP vi repeat(vf zero, int ones) {
+    return _mm256_mullo_epi32(_mm256_cvtps_epi32(zero), _mm256_set1_epi32(ones));
 }
 OP vi word(const uint32_t *p) { return _mm256_set1_epi32((int32_t)*p); }
 OP vf value(const float *p) { return set1_f(*p); }
