@@ -1,9 +1,13 @@
-"""ONNX Runtime's MatMulNBits: accuracy level 4 rounds activations to int8, 0 keeps float32."""
+"""ONNX Runtime's MatMulNBits: accuracy level 4 rounds activations to int8, 0 keeps float32.
+
+Every copy of the weight is a session. All share one pool of threads: with a pool each, the threads
+of the sessions before would still spin and take the cores from the one that is timed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,9 +23,10 @@ def build(
 ) -> tuple[list[Callable[[Tensor], object]], int]:
     import onnxruntime
 
+    _share_threads(torch.get_num_threads())
     model = _model(qt, int(mode[-1]))
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.use_per_session_threads = False
     options.log_severity_level = 3
     sessions = [
         onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -29,6 +34,14 @@ def build(
     ]
     size = qt.codes.numel() // 2 + qt.grid.scales.numel() * 4
     return [partial(_run, s) for s in sessions], size
+
+
+@cache
+def _share_threads(threads: int) -> None:
+    """Once a process, before its first session: later calls would be refused."""
+    import onnxruntime
+
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
 
 
 def _run(session: Any, x: Tensor) -> object:
