@@ -84,6 +84,29 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         check_room(spilled, tmp_path / "out", tmp_path)
 
 
+PEAK = """
+import sys, torch
+from quant import QuantConfig, quantize_checkpoint
+torch.set_num_threads(1)
+windows = torch.randint(0, 2048, (32, 64), generator=torch.Generator().manual_seed(1))
+print(quantize_checkpoint(*sys.argv[1:], windows, QuantConfig(4, 64)).peak_memory_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="reads the peak of the process")
+def test_memory_does_not_grow_with_layers(make_checkpoint: Make, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1536}
+    peaks = []
+    for layers in (2, 14):
+        source = make_checkpoint(f"m{layers}", num_hidden_layers=layers, **sizes)
+        command = [sys.executable, "-c", PEAK, str(source), str(tmp_path / f"out{layers}")]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        peaks.append(int(run.stdout))
+    held = 12 * 2 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1536)  # 12 layers more in float16
+    assert peaks[1] - peaks[0] < held / 2  # 38 MB; the same run varies by 20 MB
+
+
 def test_plan_on_the_command_line(make_checkpoint: Make, tmp_path: Path) -> None:
     source = make_checkpoint()
     command = [sys.executable, str(ROOT / "cli.py"), "quantize", "--model", str(source)]
