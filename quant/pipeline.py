@@ -42,6 +42,7 @@ from quant.layer_inputs import advance_float, embed, empty_states
 from quant.layer_reader import LINEARS, build_layer, read_layers
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
+from quant.model_card import write_card
 from quant.partial import partial_folder
 from quant.report import LinearReport, Report
 from quant.resume import Journal
@@ -133,7 +134,9 @@ def _lead(run: _Run, output: Path, start: float) -> Report:
         path, windows = run.reader.path, run.windows
         report = Report.of_run(path, output, config, settings, windows, linears, start)
         report = replace(report, forecast=options.forecast)
+        report = report.with_data(options.data)
         report.write(folder)
+        write_card(folder)
         journal.forget_hidden()
     return report
 

@@ -9,7 +9,7 @@ import json
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,10 @@ class Report:
             },
             linears=tuple(linears),
         )
+
+    def with_data(self, source: str) -> Report:
+        """The same, with what the calibration windows are taken from."""
+        return replace(self, calibration={**self.calibration, "source": source})
 
     @property
     def warnings(self) -> list[str]:

@@ -31,6 +31,7 @@ class RunOptions:
         storage: dtype and place of the activations between layers.
         budget: how much of a layer's activations is computed and kept at a time.
         forecast: of seconds and peak_memory_bytes, kept in the report beside what was measured.
+        data: what the windows are taken from, for the report.
         on_step: called after each solved group.
     """
 
@@ -40,6 +41,7 @@ class RunOptions:
     storage: Storage = Storage()  # noqa: RUF009 - frozen
     budget: Budget = Budget()  # noqa: RUF009 - frozen
     forecast: dict[str, float] | None = None
+    data: str = ""
     on_step: Callable[[Step], None] = lambda step: None
 
     def numerics(self) -> dict[str, Any]:

@@ -39,6 +39,11 @@ Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=OUTPUT)
 ]
 
+Card = Annotated[
+    bool,
+    typer.Option("--card", help="Write the result into the model card.", rich_help_panel=OUTPUT),
+]
+
 
 def evaluate(
     model: Model = None,
@@ -47,6 +52,7 @@ def evaluate(
     data: Data = None,
     window: Window = None,
     json_output: Json = False,
+    card: Card = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     precision: Precision = "exact",
@@ -55,6 +61,7 @@ def evaluate(
     from quant.evaluate import evaluate
     from quant.evaluation_text import evaluation_ids, protocol
     from quant.loader import load_model
+    from quant.model_card import write_card
     from quant.output import last_output
     from quant.progress import window_bar
     from quant.report import float_origin
@@ -70,6 +77,8 @@ def evaluate(
     origin = load_model(reference, device, dtype) if reference else None
     with window_bar() as on_window:
         result = evaluate(loaded, ids, window, origin, on_window)
+    if card:
+        write_card(model, f"{protocol(facts, result)}\n{result.summary()}")
     if json_output:
         print(json.dumps({"model": str(model), "data": facts, **result.as_dict()}))
         return

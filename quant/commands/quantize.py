@@ -47,6 +47,13 @@ Target = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        help="Also put it into this repository of the Hugging Face hub; a new one is private.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Bits = Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.", rich_help_panel=GRID)]
 GroupSize = Annotated[
     int,
@@ -109,6 +116,7 @@ def quantize(
     overwrite: Overwrite = False,
     resume: Resume = False,
     target: Target = None,
+    push: Push = None,
     bits: Bits = 4,
     group_size: GroupSize = 128,
     sym: Symmetric = True,
@@ -147,7 +155,8 @@ def quantize(
     length = seq_len or min(2048, llama.max_position_embeddings)
     sources = calib or ["stdlib"]
     windows = distributed.from_first(lambda: _windows(model, sources, samples, length, seed))
-    data = f"{windows.numel()} tokens of {' '.join(sources)}"
+    told = " ".join(sources)
+    data = f"{windows.numel()} tokens of {told}"
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
     count, length = windows[distributed.share(len(windows), 0)].shape  # of one process
     job = Job(llama, config, count, length, weight_bytes(reader), _storage(hidden, spill))
@@ -157,8 +166,12 @@ def quantize(
     forecast = distributed.from_first(lambda: _forecast(job, output))
     if not plan:
         places = (resolve_device(device), overwrite, resume, job.storage, job.budget)
-        run_options = RunOptions(*places, forecast=forecast)
+        run_options = RunOptions(*places, forecast=forecast, data=told)
         _run(model, output, windows, config, solver_options, run_options)
+    if push and not plan:
+        from quant.publishing import push as push_folder
+
+        print(f"pushed: {push_folder(output, push)}")
 
 
 def _name(model: Path) -> str:

@@ -1,0 +1,98 @@
+"""pytest tests/test_model_card.py: the card says what was done, and nothing of this machine."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quant.config import QuantConfig
+from quant.model_card import write_card
+from quant.pipeline import quantize_checkpoint
+from quant.publishing import push
+from quant.solvers.gptq import GPTQOptions
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def quantized(make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path) -> Path:
+    config, out = QuantConfig(4, 64, False), tmp_path / "small-w4-g64"
+    quantize_checkpoint(make_checkpoint(), out, windows, config, GPTQOptions(damp=0.02))
+    return out
+
+
+def test_a_run_writes_its_card(quantized: Path, tmp_path: Path) -> None:
+    card = (quantized / "README.md").read_text()
+    for part in (
+        "# small-w4-g64\n",
+        "| base model | tiny |",
+        "| bits | 4 |",
+        "| group size | 64 |",
+        "| zeros | asymmetric |",
+        "damp 0.02",
+        "8 windows of 64 tokens",
+        "load_quantized(",
+    ):
+        assert part in card
+    assert str(tmp_path) not in card and "## Quality" not in card and "base_model:" not in card
+
+
+def test_measured_quality_is_kept(quantized: Path) -> None:
+    write_card(quantized, "protocol: x\nperplexity 7.5")
+    first = (quantized / "README.md").read_text()
+    assert "## Quality\n\n```\nprotocol: x\nperplexity 7.5\n```" in first
+    write_card(quantized)
+    assert (quantized / "README.md").read_text() == first
+
+
+def test_a_base_model_of_the_hub_is_linked(quantized: Path) -> None:
+    config = json.loads((quantized / "config.json").read_text())
+    config["_name_or_path"] = "meta-llama/Llama-2-7b-hf"
+    (quantized / "config.json").write_text(json.dumps(config))
+    write_card(quantized)
+    assert "base_model: meta-llama/Llama-2-7b-hf\n" in (quantized / "README.md").read_text()
+
+
+def test_a_foreign_readme_is_left_alone(quantized: Path) -> None:
+    (quantized / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="was not written by this tool"):
+        write_card(quantized)
+    assert (quantized / "README.md").read_text() == "mine"
+
+
+def test_pushing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the hub is asked for; a failure, and a missing package, are one line."""
+    hub = pytest.importorskip("huggingface_hub")
+    calls: list[tuple[Any, ...]] = []
+
+    class Api:
+        def create_repo(self, repository: str, private: bool, exist_ok: bool) -> str:
+            calls.append(("create", repository, private, exist_ok))
+            return "https://hub/" + repository
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> None:
+            calls.append(("upload", repo_id, folder_path))
+            if repo_id == "a/full":
+                raise OSError("no\nroom")
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    assert push(tmp_path, "a/b") == "https://hub/a/b"
+    assert calls == [("create", "a/b", True, True), ("upload", "a/b", str(tmp_path))]
+    with pytest.raises(OSError, match=r"a/full could not be pushed \(no room\)"):
+        push(tmp_path, "a/full")
+    real = builtins.__import__
+
+    def absent(name: str, *rest: Any) -> Any:
+        if name.startswith("huggingface_hub"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(ValueError, match="--push needs huggingface_hub"):
+        push(tmp_path, "a/b")
