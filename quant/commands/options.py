@@ -1,4 +1,4 @@
-"""Options that several subcommands share."""
+"""Options that several subcommands share, and where a result goes."""
 
 from __future__ import annotations
 
@@ -69,6 +69,21 @@ Resume = Annotated[
     typer.Option(
         "--resume",
         help="Continue a run that stopped; start if there is none.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="Stop at once if this runtime would not load the result: transformers, vllm, sglang, "
+        "exllamav2, gptqmodel or llama.cpp.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        help="Also put it into this repository of the Hugging Face hub; a new one is private.",
         rich_help_panel=OUTPUT,
     ),
 ]

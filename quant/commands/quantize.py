@@ -17,9 +17,11 @@ from quant.commands.options import (
     Device,
     Hidden,
     MaxMemory,
+    Push,
     Resume,
     ShowPlan,
     Spill,
+    Target,
 )
 
 GRID, CALIBRATION, SOLVING = "Grid", "Calibration", "Solving"
@@ -38,21 +40,6 @@ Output = Annotated[
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace the folder if it exists.", rich_help_panel=OUTPUT),
-]
-Target = Annotated[
-    str | None,
-    typer.Option(
-        help="Stop at once if this runtime would not load the result: transformers, vllm, sglang, "
-        "exllamav2, gptqmodel or llama.cpp.",
-        rich_help_panel=OUTPUT,
-    ),
-]
-Push = Annotated[
-    str | None,
-    typer.Option(
-        help="Also put it into this repository of the Hugging Face hub; a new one is private.",
-        rich_help_panel=OUTPUT,
-    ),
 ]
 Bits = Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.", rich_help_panel=GRID)]
 GroupSize = Annotated[
