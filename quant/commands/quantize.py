@@ -155,7 +155,7 @@ def quantize(
         places = (resolve_device(device), overwrite, resume, job.storage, job.budget)
         run_options = RunOptions(*places, forecast=forecast, data=told)
         _run(model, output, windows, config, solver_options, run_options)
-    if push and not plan:
+    if push and not plan and distributed.rank() == 0:
         from quant.publishing import push as push_folder
 
         print(f"pushed: {push_folder(output, push)}")
