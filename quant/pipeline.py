@@ -133,8 +133,7 @@ def _lead(run: _Run, output: Path, start: float) -> Report:
         linears = [LinearReport.from_dict(d) for layer in journal.layers for d in layer.linears]
         path, windows = run.reader.path, run.windows
         report = Report.of_run(path, output, config, settings, windows, linears, start)
-        report = replace(report, forecast=options.forecast)
-        report = report.with_data(options.data)
+        report = replace(report.with_data(options.data), forecast=options.forecast)
         report.write(folder)
         write_card(folder)
         journal.forget_hidden()
