@@ -35,6 +35,24 @@ def read_layers(
             yield index, tensors
 
 
+def plain_tensors(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what is copied as it is: embedding, final norm, and a head of its own."""
+    matrix = (llama.vocab_size, llama.hidden_size)
+    shapes = {"model.embed_tokens.weight": matrix, "model.norm.weight": (llama.hidden_size,)}
+    return shapes if llama.tie_word_embeddings else {**shapes, "lm_head.weight": matrix}
+
+
+def check_plain(reader: CheckpointReader, llama: LlamaConfig) -> None:
+    """Refuse damage to what no layer reads, before the hours that the layers may take.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape than config.json says, or is not finite.
+    """
+    for name, shape in plain_tensors(llama).items():
+        _check(name, reader.tensor(name), shape)
+        reader.release()
+
+
 def build_layer(
     llama: LlamaConfig, tensors: dict[str, Tensor], device: torch.device
 ) -> DecoderLayer:
@@ -56,13 +74,16 @@ def _read(reader: CheckpointReader, llama: LlamaConfig, index: int) -> dict[str,
     for name, shape in expected.items():
         full = f"model.layers.{index}.{name}"
         tensor = reader.tensor(full)
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{full}: shape {tuple(tensor.shape)} in the file, {tuple(shape)} by config.json"
-            )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{full}: holds NaN or inf; the checkpoint is damaged")
+        _check(full, tensor, tuple(shape))
         tensors[name] = tensor.clone()
         del tensor
         reader.release()
     return tensors
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor that does not fit or is not finite."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)} in the file, {shape} by config.json")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name}: holds NaN or inf; the checkpoint is damaged")

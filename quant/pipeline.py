@@ -39,7 +39,7 @@ from quant.formats import FORMATS
 from quant.geometry import check_shapes
 from quant.group_solver import solve_group
 from quant.layer_inputs import advance_float, embed, empty_states
-from quant.layer_reader import LINEARS, build_layer, read_layers
+from quant.layer_reader import LINEARS, build_layer, check_plain, plain_tensors, read_layers
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 from quant.model_card import write_card
@@ -106,6 +106,7 @@ def quantize_checkpoint(
     start, output = time.perf_counter(), Path(output)
     reader, llama = _float_checkpoint(Path(model))
     check_shapes(llama, config)
+    check_plain(reader, llama)
     mask = check_windows(windows, attention_mask, llama.vocab_size)
     with distributed.joined(), torch.inference_mode():
         run = _Run(reader, llama, config, solver, run_options, windows, mask)
@@ -251,8 +252,5 @@ def _quantize_group(
 
 def _copy_plain(run: _Run) -> None:
     """Embedding, final norm and head as they are; a head that repeats the embedding is left out."""
-    names = ["model.embed_tokens.weight", "model.norm.weight"]
-    if not run.llama.tie_word_embeddings:
-        names.append("lm_head.weight")
-    for name in names:
+    for name in plain_tensors(run.llama):
         run.writer.add_plain(name, run.reader.tensor(name))

@@ -137,6 +137,30 @@ def test_damaged_weights_are_named(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_damage_outside_the_layers_is_named_before_they_are_worked_on(
+    make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path, name: str
+) -> None:
+    steps: list[Any] = []
+
+    def run() -> None:
+        options = RunOptions(on_step=steps.append)
+        quantize_checkpoint(
+            source, tmp_path / "out", windows, QuantConfig(4, 64), run_options=options
+        )
+
+    source = make_checkpoint()
+    damage(source, name, lambda w: w.index_fill(0, torch.tensor([-1 % len(w)]), torch.inf))
+    with pytest.raises(ValueError, match=f"{name}: holds NaN or inf"):
+        run()
+    damage(source, name, lambda w: w[:100])
+    with pytest.raises(ValueError, match=rf"{name}: shape \(100.* in the file, .* by config.json"):
+        run()
+    assert not steps and [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
 def test_overflow_names_the_module(
     make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path
 ) -> None:
