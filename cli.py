@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -22,9 +24,9 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
-            command(*args, **kwargs)
+            with one_line_warnings():
+                command(*args, **kwargs)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader of our output has gone, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -37,6 +39,27 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Print warnings as lines on stderr: in full the first from each place in the code, which may
+    speak of one linear of hundreds; in the end the number of the others.
+    """
+    seen: dict[tuple[str, int], list[str]] = {}
+
+    def show(message: str, place: tuple[str, int]) -> None:
+        if place not in seen:
+            print(f"warning: {message}", file=sys.stderr)
+        seen.setdefault(place, []).append(message)
+
+    warnings.showwarning = lambda message, _, file, line, *__: show(str(message), (file, line))
+    try:
+        yield
+    finally:
+        for first, *others in seen.values():
+            if others:
+                print(f"warning: {len(others)} more like: {first}", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)
@@ -62,6 +85,9 @@ for name, function in COMMANDS.items():
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows does not know every character
+            stream.reconfigure(errors="replace")
     app()
 
 

@@ -61,7 +61,7 @@ def remember(path: Path) -> None:
     """Note the checkpoint made last, for commands that are given no model."""
     note = _note_path()
     note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(str(path.resolve()))
+    note.write_text(str(path.resolve()), encoding="utf-8")
 
 
 def last_output() -> Path:
@@ -76,7 +76,7 @@ def last_output() -> Path:
             "no --model given and nothing quantized yet; make one with: python cli.py quantize "
             "--bits 4"
         )
-    path = Path(note.read_text())
+    path = Path(note.read_text(encoding="utf-8"))
     if not path.is_dir():
         raise ValueError(
             f"{path}: the last quantized checkpoint is gone; pass --model or run: python cli.py "

@@ -9,10 +9,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from cli import one_line_warnings
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., Path]
@@ -201,6 +204,30 @@ def test_a_closed_pipe_is_no_error(make_checkpoint: Make, tmp_path: Path) -> Non
     command = f"'{sys.executable}' '{ROOT / 'cli.py'}' inspect '{make_checkpoint()}' | true"
     run = subprocess.run(command, shell=True, env=environment(), capture_output=True, text=True)
     assert run.stderr == ""
+
+
+def test_warnings_of_one_kind_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    with one_line_warnings():
+        for layer in range(3):
+            warnings.warn(f"layer {layer}: rounded", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: layer 0: rounded",
+        "warning: another",
+        "warning: 2 more like: layer 0: rounded",
+    ]
+
+
+def test_text_that_the_terminal_cannot_show(make_checkpoint: Make, tmp_path: Path) -> None:
+    """Windows pipes know few characters; the others become question marks, not errors."""
+    arguments = ["generate", "é", "--model", str(make_checkpoint()), "--max-new-tokens", "0"]
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *arguments],
+        env={**environment(), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "?\n", "")
 
 
 def test_missing_tokenizer_and_foreign_architecture(make_checkpoint: Make, tmp_path: Path) -> None:

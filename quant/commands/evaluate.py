@@ -69,10 +69,11 @@ def evaluate(
 
     model = model or last_output()
     reference = reference or float_origin(model)
+    tokenizer = open_tokenizer(model)
     loaded = load_model(model, device, dtype, precision=precision)
     own_text = BUNDLED in (model.resolve(), reference)
     data = data or (str(BUNDLED / "heldout.txt") if own_text else "wikitext2")
-    ids, facts = evaluation_ids(open_tokenizer(model), data)
+    ids, facts = evaluation_ids(tokenizer, data)
     window = window or min(2048, loaded.config.max_position_embeddings)
     origin = load_model(reference, device, dtype) if reference else None
     with window_bar() as on_window:
