@@ -127,7 +127,7 @@ class _Buffer:
         start, end, _ = windows.indices(len(self._data))
         bytes_per_window = self._data[0].numel() * self.dtype.itemsize
         begin = start * bytes_per_window // _PAGE * _PAGE
-        self._map.madvise(mmap.MADV_DONTNEED, begin, end * bytes_per_window - begin)
+        self._map.madvise(mmap.MADV_DONTNEED, begin, end * bytes_per_window - begin)  # type: ignore[attr-defined]
 
 
 def _mapped_file(folder: Path, size_bytes: int) -> mmap.mmap:

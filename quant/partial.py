@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,9 +44,10 @@ def partial_folder(path: Path, resume: bool = False, overwrite: bool = False) ->
         if not resume or not (partial / STATE).exists():
             _empty(partial)
         yield partial
-        _publish(partial, path)
+        _publish(partial, path, lock)
     finally:
         if partial.exists() and not (partial / STATE).exists():
+            _let_go_on_windows(lock)
             shutil.rmtree(partial)
         lock.close()
     for name in (STATE, _LOCK):
@@ -57,7 +59,7 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def _publish(partial: Path, path: Path) -> None:
+def _publish(partial: Path, path: Path, lock: IO[bytes]) -> None:
     """Give the finished folder its name; what had it is removed afterwards."""
     for file in partial.iterdir():
         if file.name != _LOCK:
@@ -65,9 +67,16 @@ def _publish(partial: Path, path: Path) -> None:
     old = path.with_name(f"{path.name}.old")
     if path.exists():
         path.rename(old)
+    _let_go_on_windows(lock)
     partial.rename(path)
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _let_go_on_windows(lock: IO[bytes]) -> None:
+    """Windows neither renames nor removes a folder in which a file is open."""
+    if sys.platform == "win32":
+        lock.close()
 
 
 def _empty(partial: Path) -> None:
@@ -81,10 +90,10 @@ def _lock(partial: Path, path: Path) -> IO[bytes]:
     """Open the folder's lock file and hold it; the system lets go of it when the process ends."""
     file = (partial / _LOCK).open("ab")
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
 

@@ -42,10 +42,10 @@ class Watch:
     def start(self) -> None:
         """Begin to watch; SIGTERM, by which torchrun ends the others, is answered from now on."""
         self._wake, wake = os.pipe()
-        os.set_blocking(wake, False)
+        os.set_blocking(wake, False)  # type: ignore[attr-defined]
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        os.set_blocking(self._wake, False)
+        os.set_blocking(self._wake, False)  # type: ignore[attr-defined]
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 

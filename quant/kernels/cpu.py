@@ -108,8 +108,8 @@ def _in_large_pages(codes: Tensor) -> Tensor:
     size = codes.numel()
     if size < 2 * _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return codes
-    memory = mmap.mmap(-1, size + _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    memory = mmap.mmap(-1, size + _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # type: ignore[attr-defined]
+    memory.madvise(mmap.MADV_HUGEPAGE)  # type: ignore[attr-defined]
     room = torch.frombuffer(memory, dtype=torch.uint8)
     start = -room.data_ptr() % _LARGE_PAGE
     return room[start : start + size].view(codes.shape).copy_(codes)
