@@ -1,6 +1,6 @@
 """Any float checkpoint -> a plain Hugging Face folder, one tensor in memory at a time.
 
-Values are moved as they are, in the dtype they have.
+Values are moved as they are, in the dtype they have. On the way tokens can be added.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from quant.checkpoint import CheckpointReader
+from quant.added_tokens import NewTokens, add_to_tokenizer, grow
+from quant.checkpoint import CheckpointReader, read_json
 from quant.formats import FORMATS
 from quant.llama.config import LlamaConfig
 from quant.output import whole_folder
@@ -19,28 +20,53 @@ from quant.sources import meta, open_checkpoint
 from quant.stream_writer import StreamWriter
 
 
-def convert(source: str | Path, target: str | Path, overwrite: bool = False) -> None:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    overwrite: bool = False,
+    new: NewTokens = NewTokens(),  # noqa: B008 - frozen
+) -> None:
     """Write the float checkpoint `source` as a Hugging Face folder.
 
     Args:
         source: anything in quant.sources.
         target: folder to make; it appears whole at the end, or not at all.
         overwrite: replace `target` if it exists.
+        new: tokens to add; embedding and head grow by a row for each.
 
     Raises:
-        ValueError: `source` is quantized, damaged, or no Llama.
+        ValueError: `source` is quantized, damaged, or no Llama; or a token cannot be added.
         FileExistsError: `target` exists.
     """
     reader = open_float(source)
     with whole_folder(Path(target), overwrite) as folder, torch.inference_mode():
+        reader.copy_companions(folder)
+        config = _with_tokens(folder, reader.config, new)
         writer = StreamWriter(folder, len(reader.names()))
         for name in reader.names():
+            tensor = reader.tensor(name)
+            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                tensor = grow(tensor, config["vocab_size"], new.rows)
             if not name.endswith("rotary_emb.inv_freq"):  # is computed
-                writer.add(name, reader.tensor(name))
+                writer.add(name, tensor)
             reader.release()  # or the whole checkpoint would stay mapped
         writer.close()
-        reader.copy_companions(folder)
-        write_json(folder / "config.json", reader.config)
+        write_json(folder / "config.json", config)
+
+
+def _with_tokens(folder: Path, config: dict[str, Any], new: NewTokens) -> dict[str, Any]:
+    """config.json with the new tokens, after adding them to the tokenizer files of the folder."""
+    if not new.tokens and new.pad is None:
+        return config
+    ids, pad_id = add_to_tokenizer(folder, new)
+    rows = max([config["vocab_size"], *(index + 1 for index in ids.values())])
+    config = {**config, "vocab_size": rows}
+    if pad_id is not None:
+        config["pad_token_id"] = pad_id
+        file = folder / "generation_config.json"
+        generation = read_json(file) if file.is_file() else {}
+        write_json(file, {**generation, "pad_token_id": pad_id})
+    return config
 
 
 def open_float(source: str | Path) -> CheckpointReader:

@@ -11,6 +11,11 @@ from quant.llama.config import LlamaConfig
 class KVCache:
     """Keys and values of the tokens seen so far, (layers, B, KV heads, max_len, D) each,
     preallocated.
+
+    Attributes:
+        length: tokens that are stored.
+        padding: how many tokens at the start of each row are padding, which no token may see; None
+            for a batch without any.
     """
 
     def __init__(
@@ -31,6 +36,7 @@ class KVCache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
+        self.padding: tuple[int, ...] | None = None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, KV heads, T, D) of one layer behind `length`; return all of that layer's

@@ -50,13 +50,7 @@ def generate(
     Raises:
         ValueError: `ids` is empty, or an id is outside the vocabulary.
     """
-    if not ids:
-        raise ValueError("generate: the prompt holds no tokens")
-    if max(ids) >= model.config.vocab_size:
-        raise ValueError(
-            f"generate: token id {max(ids)} is outside the model's vocabulary of "
-            f"{model.config.vocab_size}"
-        )
+    _check(model, ids)
     sampling = sampling or Sampling()
     embedding = model.model.embed_tokens.weight
     cache = KVCache(
@@ -70,6 +64,58 @@ def generate(
             return
         yield token
         step = torch.tensor([[token]], device=embedding.device)
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: Llama,
+    prompts: list[list[int]],
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    eos_ids: Collection[int] = (),
+) -> list[list[int]]:
+    """The ids that follow each prompt, all rows in one pass and each as it would be alone.
+
+    Shorter prompts are padded on the left. Which id fills the padding does not matter: no token
+    sees it, and positions count from its end.
+
+    Raises:
+        ValueError: a prompt is empty, or an id is outside the vocabulary.
+    """
+    for ids in prompts:
+        _check(model, ids)
+    sampling, embedding = sampling or Sampling(), model.model.embed_tokens.weight
+    longest = max((len(ids) for ids in prompts), default=0)
+    cache = KVCache(
+        model.config, len(prompts), longest + max_new_tokens, embedding.device,
+        compute_dtype(embedding),
+    )  # fmt: skip
+    cache.padding = tuple(longest - len(ids) for ids in prompts)
+    generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
+    step = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    new: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    for _ in range(max_new_tokens if prompts else 0):
+        logits = model(step.to(embedding.device), cache)[:, -1].cpu()
+        tokens = [sample(row, sampling, generators[i]) for i, row in enumerate(logits)]
+        open_rows -= {row for row in open_rows if tokens[row] in eos_ids}
+        if not open_rows:
+            break
+        for row in open_rows:
+            new[row].append(tokens[row])
+        step = torch.tensor(tokens)[:, None]
+    return new
+
+
+def _check(model: Llama, ids: list[int]) -> None:
+    """Raise ValueError for a prompt that the model cannot read."""
+    if not ids:
+        raise ValueError("generate: the prompt holds no tokens")
+    if max(ids) >= model.config.vocab_size:
+        raise ValueError(
+            f"generate: token id {max(ids)} is outside the model's vocabulary of "
+            f"{model.config.vocab_size}"
+        )
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from quant.llama.cache import KVCache
 from quant.llama.config import LlamaConfig
+from quant.llama.positions import rotary_of_rows, rotate, visible
 
 # Linears that share an input stand together: they share one Hessian and are solved as one stack.
 LINEAR_GROUPS = (
@@ -61,30 +62,6 @@ class RMSNorm(nn.Module):
         return wide.to(x.dtype) * self.weight.to(x.dtype)
 
 
-def rotary(
-    config: LlamaConfig, start: int, end: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, D), float32, for the positions start..end-1."""
-    base, dim = config.rope_theta, config.head_dim
-    if config.rope_type == "dynamic" and end > config.max_position_embeddings:
-        stretch = config.rope_factor * end / config.max_position_embeddings - (
-            config.rope_factor - 1
-        )
-        base = base * stretch ** (dim / (dim - 2))
-    inverse = 1.0 / base ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-    if config.rope_type == "linear":
-        inverse = inverse / config.rope_factor
-    angles = torch.arange(start, end, device=device, dtype=torch.float32)[:, None] * inverse
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x (B, H, T, D) by the angles of cos and sin (T, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped key/value heads."""
 
@@ -105,17 +82,16 @@ class Attention(nn.Module):
         """The input of o_proj, (B, T, heads * D), from the normed x (B, T, hidden)."""
         config, start = self.config, cache.length if cache else 0
         B, T, _ = x.shape
-        cos, sin = rotary(config, start, start + T, x.device)
+        padding = cache.padding if cache else None
+        cos, sin = rotary_of_rows(config, start, start + T, x.device, padding)
         q, k, v = (y.view(B, T, -1, config.head_dim).transpose(1, 2) for y in self._qkv(x))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache:
             k, v = cache.append(layer, k, v)  # (B, KV heads, S, D)
         repeats = config.num_attention_heads // config.num_key_value_heads
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        mask = None
-        if start and T > 1:
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and T > 1)
+        mask = visible(start, T, x.device, padding) if padding or (start and T > 1) else None
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
         return y.transpose(1, 2).reshape(B, T, -1)
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, ...]:
