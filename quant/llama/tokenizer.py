@@ -11,6 +11,8 @@ and whole.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,7 +98,7 @@ def _load_sentencepiece(folder: Path) -> Tokenizer:
 
     try:
         sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, UnicodeError) as error:
         raise ValueError(
             f"{folder / 'tokenizer.model'}: not a sentencepiece model ({error})"
         ) from None
@@ -107,29 +109,43 @@ def _load_sentencepiece(folder: Path) -> Tokenizer:
 class _FastCodec:
     """`tokenizers` behind the interface of sentencepiece."""
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
+    def __init__(self, file: Path) -> None:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        with _told_of(file):
+            self.inner = FastTokenizer.from_file(str(file))
+        self._file = file
 
     def encode(self, text: str) -> list[int]:
-        return self._inner.encode(text, add_special_tokens=False).ids
+        with _told_of(self._file):
+            return self.inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._inner.decode(ids, skip_special_tokens=True)
+        with _told_of(self._file):
+            return self.inner.decode(ids, skip_special_tokens=True)
+
+
+@contextmanager
+def _told_of(file: Path) -> Iterator[None]:
+    """Turn what the library raises into a ValueError on the file: plain Exception, and for some
+    damage a panic, which is a BaseException of a class that cannot be imported.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{file}: not a tokenizer file ({error})") from None
 
 
 def _load_json(folder: Path) -> Tokenizer:
-    from tokenizers import Tokenizer as FastTokenizer
-
-    try:
-        inner = FastTokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer file ({error})") from None
-    settings = _settings(folder)
+    codec = _FastCodec(folder / "tokenizer.json")
+    inner, settings = codec.inner, _settings(folder)
     named = {key: _id_of(inner, settings.get(key)) for key in ("bos_token", "eos_token")}
     adds_bos = settings.get("add_bos_token", "Llama" in str(settings.get("tokenizer_class")))
     eos = named["eos_token"]
     return Tokenizer(
-        _FastCodec(inner),
+        codec,
         inner.get_vocab_size(),
         named["bos_token"] if adds_bos else None,
         () if eos is None else (eos,),
@@ -151,4 +167,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _id_of(inner: Any, token: Any) -> int | None:
     """The id of a special token, given as a string or as {"content": string}."""
     content = token.get("content") if isinstance(token, dict) else token
-    return inner.token_to_id(content) if isinstance(content, str) else None
+    try:
+        return inner.token_to_id(content) if isinstance(content, str) else None
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return None
