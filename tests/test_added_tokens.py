@@ -117,7 +117,7 @@ def test_quantizing_a_model_with_new_tokens(
     assert read(tmp_path / "q", "generation_config.json")["pad_token_id"] == 2048
 
 
-PROMPTS = ["def ", "import os\nimport sys\n\n", "class A:", "    return self.x + 1\n\n\ndef f("]
+PROMPTS = ["def ", "import os\nimport sys\n\n", "    return self.x + 1\n\n\ndef f("]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 0.9, 3)])
@@ -125,11 +125,11 @@ def test_each_row_of_a_batch_is_as_alone(sampling: Sampling) -> None:
     model, tokenizer = load_model(BUNDLED, device="cpu"), load_tokenizer(BUNDLED)
     prompts = [tokenizer.encode(text) for text in PROMPTS]
     assert len({len(ids) for ids in prompts}) > 1
-    alone = [list(generate(model, ids, 24, sampling)) for ids in prompts]
-    assert generate_batch(model, prompts, 24, sampling) == alone
-    stop = {alone[0][10], alone[1][5]}
-    ended = [list(generate(model, ids, 24, sampling, stop)) for ids in prompts]
-    assert generate_batch(model, prompts, 24, sampling, stop) == ended
+    alone = [list(generate(model, ids, 12, sampling)) for ids in prompts]
+    assert generate_batch(model, prompts, 12, sampling) == alone
+    stop = {alone[0][6], alone[1][3]}
+    ended = [list(generate(model, ids, 12, sampling, stop)) for ids in prompts]
+    assert generate_batch(model, prompts, 12, sampling, stop) == ended
 
 
 @pytest.mark.parametrize("rope", [None, {"rope_type": "dynamic", "factor": 2.0}])
