@@ -144,6 +144,28 @@ def test_hard_hessians_are_solved_and_reported(case: str) -> None:
     assert (solution.damp == 0.01) == (not any("raised" in note for note in solution.notes))
 
 
+@pytest.mark.parametrize("size", [1, 300, 1101])  # the last is reversed in two pieces
+def test_the_factor_follows_the_order_and_leaves_the_hessian(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(2 * size, size, generator=generator)
+    hessian, order = x.T @ x, torch.randperm(size, generator=generator)
+    before = hessian.clone()
+    R, damp, notes = gptq.factor(hessian, order, 0.01)
+    assert torch.equal(hessian, before) and (damp, notes) == (0.01, ())
+    assert torch.equal(R, R.triu()) and R.is_contiguous()
+    expected = hessian.double()[order][:, order]
+    expected.diagonal().add_(0.01 * expected.diagonal().mean())
+    error = (R.double() @ R.double().T - expected).abs().max() / expected.abs().max()
+    assert error < size * torch.finfo(torch.float32).eps + 1e-6
+
+
+def test_a_hessian_with_a_nan_anywhere_is_refused() -> None:
+    weight, hessian = problem(4, 64, 0)
+    hessian[3, 9] = torch.nan
+    with pytest.raises(ValueError, match="the Hessian is not finite"):
+        gptq.solve(weight, hessian, QuantConfig(4, 32), GPTQOptions())
+
+
 def test_every_retry_of_the_factor_is_noted() -> None:
     indefinite = torch.eye(32) - 0.9 * torch.ones(32, 32)
     indefinite.diagonal().copy_(torch.ones(32))

@@ -30,6 +30,9 @@ from quant.native import solving
 from quant.solvers.loss import Solution
 from quant.solvers.scale_search import fit_weighted
 
+_ROWS = 256  # of a matrix that are permuted at a time
+_SWAPPED = 1 << 20  # numbers that are reversed at a time
+
 SCALES = ("minmax", "weighted", "signed")
 
 
@@ -84,7 +87,7 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpt
     Raises:
         ValueError: weight or Hessian is not finite.
     """
-    if not torch.isfinite(weight).all() or not torch.isfinite(hessian.diagonal()).all():
+    if not torch.isfinite(weight).all() or not torch.isfinite(hessian).all():
         raise ValueError("GPTQ: the weight or the Hessian is not finite")
     order = torch.arange(len(hessian), device=hessian.device)
     if options.act_order:
@@ -124,16 +127,38 @@ def factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float, 
     backwards = order.flip(0)
     while True:
         for dtype in (hessian.dtype, torch.float64):
-            flipped = hessian.index_select(0, backwards).index_select(1, backwards).to(dtype)
+            flipped = _gather(hessian, backwards, dtype)
             damped = diagonal.flip(0).to(dtype) + (damp * mean).to(dtype)
             flipped.diagonal().copy_(damped)
-            lower, failed = torch.linalg.cholesky_ex(flipped)
-            if not failed.item() and torch.isfinite(lower.diagonal()).all():
-                return lower.flip(0, 1).to(hessian.dtype), damp, notes
+            # Symmetric, so its transpose is the same matrix, in the layout LAPACK works in place.
+            info = torch.empty((), dtype=torch.int32, device=hessian.device)
+            torch.linalg.cholesky_ex(flipped.T, upper=True, out=(flipped.T, info))
+            if not info.item() and torch.isfinite(flipped.diagonal()).all():
+                _reverse_(flipped.view(-1))
+                return flipped.to(hessian.dtype), damp, notes
             if dtype != torch.float64:
                 notes += (f"Cholesky failed in float32 at damping {damp:g}; retried in float64",)
         damp = max(10 * damp, 1e-4)
         notes += (f"Cholesky failed in float64; damping raised to {damp:g}",)
+
+
+def _gather(hessian: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows and columns in the given order, with room for some rows only beside the result."""
+    result = torch.empty(hessian.shape, dtype=dtype, device=hessian.device)
+    for rows, into in zip(order.split(_ROWS), result.split(_ROWS), strict=True):
+        into.copy_(hessian[rows].index_select(1, order))
+    return result
+
+
+def _reverse_(values: Tensor) -> None:
+    """Reverse a vector in place; a matrix read as one is flipped along both axes."""
+    half = len(values) // 2
+    for start in range(0, half, _SWAPPED):
+        end = min(start + _SWAPPED, half)
+        front, back = values[start:end], values[len(values) - end : len(values) - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
 
 
 def _round_columns(
