@@ -139,18 +139,20 @@ def _score(model: Llama, reference: Llama | None, batch: Tensor) -> Tensor:
     for start in range(0, len(targets), step):
         rows = slice(start, start + step)
         log_probs = _log_probs(model, states[rows])
-        scores[0, rows] = -log_probs.gather(1, targets[rows, None])[:, 0].double()
+        scores[0, rows] = -log_probs.gather(1, targets[rows, None])[:, 0]
         if reference is not None and expected_states is not None:
             expected = _log_probs(reference, expected_states[rows])
-            scores[1, rows] = -expected.gather(1, targets[rows, None])[:, 0].double()
+            scores[1, rows] = -expected.gather(1, targets[rows, None])[:, 0]
             scores[3, rows] = (expected.argmax(-1) == log_probs.argmax(-1)).double()
-            scores[2, rows] = log_probs.neg_().add_(expected).mul_(expected.exp_()).sum(-1).double()
+            scores[2, rows] = log_probs.neg_().add_(expected).mul_(expected.exp_()).sum(-1)
     return scores.unflatten(1, (len(batch), -1))
 
 
 def _log_probs(model: Llama, states: Tensor) -> Tensor:
-    """Log-probabilities (tokens, vocab) float32 from the final hidden states (tokens, hidden)."""
-    return torch.log_softmax(model.lm_head(states).float(), dim=-1)
+    """Log-probabilities (tokens, vocab) float64 from the final hidden states (tokens, hidden); a KL
+    is a sum of terms that nearly cancel, of which float32 keeps three digits.
+    """
+    return torch.log_softmax(model.lm_head(states).double(), dim=-1)
 
 
 def _compare(mine: Tensor, reference: Tensor, divergence: Tensor, agreement: Tensor) -> Comparison:
