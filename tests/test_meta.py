@@ -94,6 +94,17 @@ def test_there_is_nothing_to_verify_with(make_checkpoint: Make, tmp_path: Path) 
         verify_source(meta)
 
 
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    for call in (open_checkpoint, open_tokenizer):
+        with pytest.raises(ValueError, match="absent: no such folder"):
+            call(tmp_path / "absent")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(
+        ValueError, match="notes.txt: not a checkpoint file of a kind that is known"
+    ):
+        open_tokenizer(tmp_path / "notes.txt")
+
+
 class Command:
     def __reduce__(self) -> tuple:
         return (Path.touch, (Path("evil"),))

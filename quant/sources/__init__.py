@@ -45,7 +45,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         ValueError: there is none, or it is damaged.
     """
     path = Path(path)
-    if not path.exists() or huggingface.matches(path):
+    if huggingface.matches(path):
         return load_tokenizer(path)
     with TemporaryDirectory() as folder:
         open_checkpoint(path).copy_companions(Path(folder))
