@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from quant.formats import autogptq
 from quant.geometry import linear_shapes
 from quant.grid import Grid, QuantizedTensor
 from quant.llama.config import LlamaConfig
+from quant.report import peak_memory_bytes
 
 BUNDLED = Path(__file__).parents[1] / "quant" / "bundled"
 GEOMETRY = {
@@ -84,8 +84,7 @@ def one(source: Path, target: Path, to: str) -> None:
     export(source, target, to)  # imports, and pages of the source that are in memory already
     shutil.rmtree(target) if target.is_dir() else target.unlink()
     seconds = export(source, target, to).seconds
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "peak_mb": peak / 1024}))
+    print(json.dumps({"seconds": seconds, "peak_mb": (peak_memory_bytes() or 0) / 1e6}))
 
 
 def main() -> None:
