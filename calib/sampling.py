@@ -37,11 +37,7 @@ def token_windows(
         raise ValueError(
             f"samples {num_samples} and seq-len {seq_len}: at least 1 and 2 are needed"
         )
-    stream: list[int] = []
-    for text in documents:
-        stream += tokenize(text)
-        if len(stream) >= 4 * num_samples * seq_len:
-            break
+    stream = _stream(tokenize, documents, 4 * num_samples * seq_len)
     available = len(stream) // seq_len
     if not available:
         raise ValueError(
@@ -56,6 +52,18 @@ def token_windows(
     windows = torch.tensor(stream[: available * seq_len]).view(available, seq_len)
     chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
     return windows[chosen.sort().values]
+
+
+def _stream(
+    tokenize: Callable[[str], list[int]], documents: Iterable[str], enough: int
+) -> list[int]:
+    """The tokens of as many documents as give `enough` of them."""
+    stream: list[int] = []
+    for text in documents:
+        stream += tokenize(text)
+        if len(stream) >= enough:
+            break
+    return stream
 
 
 def check_windows(windows: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Tensor | None:

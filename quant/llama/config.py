@@ -74,16 +74,18 @@ class LlamaConfig:
             bos_token_id=_ids("bos_token_id", raw.get("bos_token_id", 1))[0],
             eos_token_ids=tuple(i for i in _ids("eos_token_id", eos) if i is not None),
         )
-        if config.head_dim % 2:
-            raise ValueError(
-                f"config.json: head_dim {config.head_dim} is odd; it cannot be rotated"
-            )
-        if heads % config.num_key_value_heads:
-            raise ValueError(
-                f"config.json: num_attention_heads {heads} is not a multiple of "
-                f"num_key_value_heads {config.num_key_value_heads}"
-            )
+        config._check_heads()
         return config
+
+    def _check_heads(self) -> None:
+        """Raise ValueError for heads that cannot be rotated or shared."""
+        if self.head_dim % 2:
+            raise ValueError(f"config.json: head_dim {self.head_dim} is odd; it cannot be rotated")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
 
 
 def _refuse_other_models(raw: Mapping[str, Any]) -> None:

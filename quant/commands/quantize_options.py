@@ -1,0 +1,81 @@
+"""Options of `quantize` alone: the grid, the calibration, the solver."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quant.commands.options import INPUT, OUTPUT
+
+GRID, CALIBRATION, SOLVING = "Grid", "Calibration", "Solving"
+Source = Annotated[
+    Path,
+    typer.Option(
+        help="Float checkpoint folder. Default: the bundled model.",
+        rich_help_panel=INPUT,
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="Folder to make. Default: MODEL-wBITS-gGROUP.", rich_help_panel=OUTPUT),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the folder if it exists.", rich_help_panel=OUTPUT),
+]
+Bits = Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.", rich_help_panel=GRID)]
+GroupSize = Annotated[
+    int,
+    typer.Option(
+        help="Inputs per scale: a multiple of 32, or -1 for one scale per row. Where 128 does not "
+        "divide, 64 or 32 is taken.",
+        rich_help_panel=GRID,
+    ),
+]
+Symmetric = Annotated[
+    bool,
+    typer.Option("--sym/--asym", help="Fixed zero, or one per group.", rich_help_panel=GRID),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="stdlib, wikitext2, c4, or a .txt, .jsonl or .parquet file or a folder of them; may "
+        "be repeated. Default: stdlib.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Samples = Annotated[int, typer.Option(help="Windows of text.", rich_help_panel=CALIBRATION)]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens per window. Default: 2048, or the model's limit.", rich_help_panel=CALIBRATION
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(help="Seed of the choice of windows.", rich_help_panel=CALIBRATION)
+]
+Solver = Annotated[
+    str, typer.Option(help="gptq, or rtn (round to nearest).", rich_help_panel=SOLVING)
+]
+Effort = Annotated[
+    str,
+    typer.Option(
+        help="What gptq does for accuracy. fast: scales searched by their weighted error. "
+        "balanced: also aims at the float model's outputs; the float model runs beside the "
+        "quantized one, with a forward, hidden states and layer weights of its own.",
+        rich_help_panel=SOLVING,
+    ),
+]
+ActOrder = Annotated[
+    bool,
+    typer.Option(help="Most active inputs first; free at run time.", rich_help_panel=SOLVING),
+]
+Damp = Annotated[
+    float,
+    typer.Option(
+        help="Added to the Hessian's diagonal, as a fraction of its mean.", rich_help_panel=SOLVING
+    ),
+]
