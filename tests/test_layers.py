@@ -13,6 +13,7 @@ LAYERS = [
     ["quant.progress", "quant.inspection", "quant.evaluation_text", "quant.roofline"],
     ["quant.pipeline", "quant.loader", "quant.evaluate", "quant.bench", "quant.export"]
     + ["quant.convert", "quant.publishing"],
+    ["quant.layer_loop"],
     ["quant.resume", "quant.follower", "quant.run_options", "quant.model_card", "quant.plan"],
     ["quant.linear", "quant.report", "quant.verification", "quant.contenders"]
     + ["quant.runtimes", "quant.group_solver", "quant.layer_inputs"],
