@@ -26,9 +26,11 @@ from torch import Tensor
 
 from quant.config import QuantConfig
 from quant.grid import Grid, QuantizedTensor, fit_minmax
-from quant.native import solving
+from quant.solvers.columns import round_block
 from quant.solvers.loss import Solution
+from quant.solvers.refit import refit
 from quant.solvers.scale_search import fit_weighted
+from quant.solvers.sweeps import sweep
 
 _ROWS = 256  # of a matrix that are permuted at a time
 _SWAPPED = 1 << 20  # numbers that are reversed at a time
@@ -49,6 +51,8 @@ class GPTQOptions:
             negative scales allowed in symmetric grids.
         target: how far to aim at the float model's outputs rather than at the weights, 0 to 1; 0
             is off. Used by the pipeline, see quant.solvers.target.
+        sweeps: passes of coordinate descent over the finished codes, see quant.solvers.sweeps.
+        refits: of these, how many begin with scales refit to the codes, see quant.solvers.refit.
     """
 
     act_order: bool = True
@@ -56,6 +60,8 @@ class GPTQOptions:
     block_size: int = 128
     scales: str = "weighted"
     target: float = 0.0
+    sweeps: int = 0
+    refits: int = 0
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
@@ -64,6 +70,10 @@ class GPTQOptions:
             )
         if not 0 <= self.target <= 1:
             raise ValueError(f"target {self.target} is out of range; 0 <= target <= 1")
+        if not 0 <= self.refits <= self.sweeps:
+            raise ValueError(
+                f"refits {self.refits} and sweeps {self.sweeps} do not fit; 0 <= refits <= sweeps"
+            )
         if not 0 <= self.damp < 1:
             raise ValueError(
                 f"damp {self.damp} is out of range; it is a fraction of the mean diagonal, 0 <= "
@@ -97,7 +107,19 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpt
     codes = _round_columns(
         weight, R, grid, order, config.width(weight.shape[1]), options.block_size
     )
-    return Solution(QuantizedTensor(codes, grid), damp, notes)
+    tensor = _improve(weight, hessian, QuantizedTensor(codes, grid), options)
+    return Solution(tensor, damp, notes)
+
+
+def _improve(
+    weight: Tensor, hessian: Tensor, tensor: QuantizedTensor, options: GPTQOptions
+) -> QuantizedTensor:
+    """The codes and scales after the sweeps that `options` ask for."""
+    for index in range(options.sweeps):
+        if index < options.refits:
+            tensor = refit(weight, hessian, tensor)
+        tensor = sweep(weight, hessian, tensor, options.block_size)
+    return tensor
 
 
 def _fit(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Grid:
@@ -180,7 +202,6 @@ def _round_columns(
         if start:
             values = torch.addmm(values, ratio[:start, start:end].T, errors[:start])
         of_block = groups[start:end]
-        round_block = solving.round_block if solving.can_round(values) else _round_block
         codes[start:end], errors[start:end] = round_block(
             values,
             columns[start:end],
@@ -192,21 +213,3 @@ def _round_columns(
     result = torch.empty_like(codes)
     result[order] = codes
     return result.T.contiguous()
-
-
-def _round_block(
-    values: Tensor, original: Tensor, ratio: Tensor, scales: Tensor, zeros: Tensor, max_code: int
-) -> tuple[Tensor, Tensor]:
-    """Round the columns of one block in turn, (block, out): what native/solve.h does, in torch.
-
-    Returns:
-        Codes uint8 and errors w - q.
-    """
-    codes, errors = values.clone(), torch.empty_like(values)
-    for j in range(len(values)):
-        code = codes[j]
-        if j:
-            code.addmv_(errors[:j].T, ratio[:j, j])
-        code.mul_(1 / scales[j]).round_().add_(zeros[j]).clamp_(0, max_code)
-        torch.sub(code, zeros[j], out=errors[j]).mul_(scales[j]).neg_().add_(original[j])
-    return codes.to(torch.uint8), errors
