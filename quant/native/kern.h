@@ -30,7 +30,7 @@ typedef struct {
  * inputs. A block of rows stands together, word by word: word i of its row r is
  * words[i * rows + r], so that a kernel reads all its rows in one stream; scales and sums likewise.
  * Rows before `row` take row * (words of a row) words, whatever their blocks.
- * Floats are mixed as the instruction set's tiles want them (mix_inputs), for panels they are plain.
+ * Floats are mixed as the tiles want them (mix_inputs), or plain for panels.
  * int16 inputs are permuted within each 8 to 0 2 4 6 1 3 5 7, the order in which shifting a line
  * gives its codes. */
 typedef struct {
@@ -39,6 +39,15 @@ typedef struct {
     const float *sums;   /* of each row and group: its integers times their scales */
     int64_t block;       /* inputs per scale */
 } kern_input;
+
+/* The inputs start..end-1 of some tiles, unpacked for many rows: for each word of activations, the
+ * codes (or in EXACT the weights, as floats) of one output after another. */
+typedef struct {
+    const kern_weight *w;
+    int64_t tile, start, end;
+    int tiles; /* at most panel_tiles; words are 16 * panel_tiles apart whatever it is */
+    uint32_t *words;
+} kern_panel;
 
 /* One block of columns of a weight that GPTQ rounds; matrices (columns, rows), rows contiguous. */
 #define SOLVE_MOST_COLUMNS 256
@@ -54,22 +63,22 @@ typedef struct {
 } kern_block;
 
 /* One instruction set. `tile` takes blocks of tile_rows[precision] rows, `multiply` panel_rows; the
- * last block may have fewer. */
+ * last block may have fewer. Where panel_rows are 0 there are no panels. */
 typedef struct {
     const char *name;
-    int tile_rows[3], panel_rows, panel_tiles;
+    int tile_rows[3], panel_rows[3], panel_tiles;
     /* One row of floats -> its place in a block of `rows` rows; gather as in kern_matmul. */
     void (*prepare)(int precision, const kern_weight *w, const float *x, const int32_t *gather,
                     int64_t block, int rows, uint32_t *words, float *scales, float *sums);
     /* out (rows, 16) = a block of rows of x times one tile. */
     void (*tile)(int precision, int rows, const kern_weight *w, int64_t tile, const kern_input *x,
                  int64_t row, float *out);
-    /* The inputs start..end-1 of a tile as floats, (end - start, 16), `width` apart. */
-    void (*panel)(const kern_weight *w, int64_t tile, int64_t start, int64_t end, int width,
-                  float *panel);
-    /* out (rows, width) += x (count, rows) transposed times a panel (count, width), which is
-     * panel_tiles wide. */
-    void (*multiply)(int rows, const float *x, const float *panel, int64_t count, float *out);
+    /* Fill in a panel's words. */
+    void (*unpack)(int precision, const kern_panel *p);
+    /* totals (rows, 16 * panel_tiles) += a block of rows of x times a panel. In an integer
+     * precision `open`, of the same shape, holds the sums of a group that panels share. */
+    void (*multiply)(int precision, int rows, const kern_panel *p, const kern_input *x, int64_t row,
+                     float *totals, float *open);
     /* GPTQ's loop for rows begin..end-1, at most 32. */
     void (*round_rows)(const kern_block *b, int64_t begin, int64_t end);
 } kern_isa;

@@ -11,6 +11,7 @@
  *   dot8(acc, w, a)         acc + the 4 products of bytes; total8(acc) as 32-bit lanes
  *   dot16(acc, w, a)        acc + the 2 products of 16-bit values
  *   word(p)                 4 bytes at p in every lane; value(p) as a float
+ *   store(p, a)             the vector to any address
  *   add_i sub_i to_f fma_f add_f mul_f sub_f load_f store_f load_half(p) load_bytes(p)
  *
  * `rows` is a constant in every call, so that accumulators are registers. */
@@ -248,56 +249,17 @@ static void tile_rows(int precision, int rows, const kern_weight *w, int64_t til
         tile_fast(rows, w, tile, x, row, out);
 }
 
-INLINE void panel_of(int bits, const kern_weight *w, int64_t tile, int64_t start, int64_t end,
-                     int width, float *out) {
-    const int per_line = 32 / bits;
-    const uint8_t *line = w->codes + (tile * w->k + start) * TILE * bits / 8;
-    for (int64_t k = start; k < end; out += per_line * width, k += per_line, line += LINE) {
-        group_grid grid = load_grid(w, tile, k / w->group);
-        EACH(v, VECTORS) {
-            vi raw = load(PART(line, v));
-            EACH(i, per_line) {
-                /* nibbles 0..7 of a lane are inputs 0 4 1 5 2 6 3 7 */
-                const int input = bits == 8 ? i : 0x73625140 >> 4 * i & 7;
-                vf code = to_f(field(raw, bits * i, (1 << bits) - 1));
-                vf weight = mul_f(sub_f(code, grid.zero[v]), grid.scale[v]);
-                store_f(out + input * width + v * LANES, weight);
-            }
-        }
+#include "panel.h"
+
+#define KERNELS(name_)                                                                             \
+    {                                                                                              \
+        .name = name_,                                                                             \
+        .tile_rows = {TILE_ROWS_EXACT, TILE_ROWS_FAST, TILE_ROWS_FAST},                            \
+        .panel_rows = {PANEL_ROWS, PANEL_ROWS_CODES, PANEL_ROWS_CODES},                            \
+        .panel_tiles = PANEL_TILES,                                                                \
+        .prepare = prepare_row,                                                                    \
+        .tile = tile_rows,                                                                         \
+        .unpack = unpack,                                                                          \
+        .multiply = multiply,                                                                      \
+        .round_rows = round_rows,                                                                  \
     }
-}
-
-static void panel(const kern_weight *w, int64_t tile, int64_t start, int64_t end, int width,
-                  float *out) {
-    if (w->bits == 8)
-        panel_of(8, w, tile, start, end, width, out);
-    else
-        panel_of(4, w, tile, start, end, width, out);
-}
-
-INLINE void multiply_rows(int rows, const float *x, const float *panel, int64_t count, float *out) {
-    enum { WIDE = VECTORS * PANEL_TILES };
-    vf sums[PANEL_ROWS][WIDE];
-    EACH(r, rows) EACH(v, WIDE) sums[r][v] = load_f(out + (r * WIDE + v) * LANES);
-    for (int64_t k = 0; k < count; k++, panel += WIDE * LANES, x += rows) {
-        vf weights[WIDE];
-        EACH(v, WIDE) weights[v] = load_f(panel + v * LANES);
-        EACH(r, rows) {
-            vf input = value(x + r);
-            EACH(v, WIDE) sums[r][v] = fma_f(weights[v], input, sums[r][v]);
-        }
-    }
-    EACH(r, rows) EACH(v, WIDE) store_f(out + (r * WIDE + v) * LANES, sums[r][v]);
-}
-
-static void multiply(int rows, const float *x, const float *panel, int64_t count, float *out) {
-#define CALL(n) multiply_rows(n, x, panel, count, out)
-    switch (rows) { CASES_PANEL(CALL) }
-#undef CALL
-}
-
-#define KERNELS(name)                                                                              \
-    {name,        {TILE_ROWS_EXACT, TILE_ROWS_FAST, TILE_ROWS_FAST},                               \
-     PANEL_ROWS,  PANEL_TILES,                                                                     \
-     prepare_row, tile_rows,                                                                       \
-     panel,       multiply,  round_rows}
