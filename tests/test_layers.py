@@ -19,7 +19,7 @@ LAYERS = [
     + ["quant.runtimes", "quant.group_solver", "quant.layer_inputs"],
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.sources", "quant.layer_reader", "quant.fingerprint", "quant.partial", "quant.machine"]
-    + ["quant.added_tokens"],
+    + ["quant.added_tokens", "quant.code_counts"],
     ["quant.grid", "quant.packing", "quant.checkpoint", "quant.checkpoint_writer"]
     + ["quant.output", "quant.geometry", "quant.stream_writer"],
     ["quant.config", "quant.llama", "quant.native", "quant.distributed", "calib"]
