@@ -38,6 +38,7 @@ from quant.llama.config import LlamaConfig
 from quant.model_card import write_card
 from quant.partial import partial_folder
 from quant.report import LayerReport, Report
+from quant.report_page import write_page
 from quant.resume import Journal
 from quant.run_options import RunOptions
 from quant.solvers import solver_name
@@ -107,6 +108,7 @@ def _lead(run: Run, output: Path, start: float) -> Report:
         report = replace(report.with_data(options.data), forecast=options.forecast)
         report.write(folder)
         write_card(folder)
+        write_page(folder)
         journal.forget_hidden()
     return report
 

@@ -14,7 +14,8 @@ LAYERS = [
     ["quant.pipeline", "quant.loader", "quant.evaluate", "quant.bench", "quant.export"]
     + ["quant.convert", "quant.publishing"],
     ["quant.layer_loop"],
-    ["quant.resume", "quant.follower", "quant.run_options", "quant.model_card", "quant.plan"],
+    ["quant.resume", "quant.follower", "quant.run_options", "quant.model_card", "quant.plan"]
+    + ["quant.report_page"],
     ["quant.linear", "quant.report", "quant.verification", "quant.contenders"]
     + ["quant.runtimes", "quant.group_solver", "quant.layer_inputs"],
     ["quant.solvers", "quant.formats", "quant.kernels"],

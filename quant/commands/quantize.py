@@ -188,6 +188,7 @@ def _run(
     from quant.partial import partial_path
     from quant.pipeline import quantize_checkpoint
     from quant.progress import StepPrinter
+    from quant.report_page import FILE_NAME as PAGE
 
     try:
         with StepPrinter() as printer:
@@ -207,4 +208,5 @@ def _run(
     remember(output)
     print(report.summary())
     print(report.against_forecast())
+    print(f"report: {output / PAGE}")
     print(f"checkpoint: {output}")
