@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PANELS = 8  # (8 + 1) / 16 of the products of a full one are made
-_LEAST_PANEL = 128  # columns that still multiply at full speed
+from quant.native import products
+
+_PANEL = 512  # columns that still multiply at full speed
 
 
 class Hessian:
@@ -32,7 +33,10 @@ class Hessian:
     def matrix(self) -> Tensor:
         """(in_features, in_features) float32, symmetric; the sum itself, not a copy."""
         if not self._mirrored:
-            for start, end in self._panels():
+            for start in range(0, len(self._upper), _PANEL):
+                end = start + _PANEL
+                square = self._upper[start:end, start:end].triu()
+                self._upper[start:end, start:end] = square + square.triu(1).T
                 self._upper[end:, start:end] = self._upper[start:end, end:].T
             self._mirrored = True
         return self._upper
@@ -42,20 +46,13 @@ class Hessian:
         out. `original` has the same rows in the float model.
         """
         rows = _rows(x, mask)
-        for start, end in self._panels():
-            self._upper[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
+        products.add_gram_(self._upper, rows)
         self._mirrored = False
         self.tokens += len(rows)
         if original is not None:
             if self.drift is None:
                 self.drift = torch.zeros_like(self._upper)
-            self.drift.addmm_((_rows(original, mask) - rows).T, rows)
-
-    def _panels(self) -> list[tuple[int, int]]:
-        """(start, end) of the panels of rows; each reaches from the diagonal to the right."""
-        width = len(self._upper)
-        step = max(_LEAST_PANEL, -(-width // _PANELS))
-        return [(start, min(start + step, width)) for start in range(0, width, step)]
+            products.add_product_(self.drift, (_rows(original, mask) - rows).T, rows)
 
     def merge(self, other: Hessian) -> None:
         """Add another sum over other tokens.

@@ -23,9 +23,8 @@ LAYERS = [
     + ["quant.added_tokens", "quant.code_counts"],
     ["quant.grid", "quant.packing", "quant.checkpoint", "quant.checkpoint_writer"]
     + ["quant.output", "quant.geometry", "quant.stream_writer"],
-    ["quant.config", "quant.llama", "quant.native", "quant.distributed", "calib"]
-    + ["quant.durable"],
-    ["quant.watch"],
+    ["quant.config", "quant.llama", "quant.distributed", "calib", "quant.durable"],
+    ["quant.watch", "quant.native"],
 ]
 
 
@@ -53,7 +52,7 @@ def forbidden(module: str, imported: str) -> bool:
     if mine is None or theirs is None or mine[1] == theirs[1]:
         return False
     if mine[1] in ("calib", "quant.llama", "quant.config", "quant.native"):
-        return True
+        return theirs[1] != "quant.native"  # compiled code is as deep as torch
     return theirs[0] <= mine[0]
 
 
@@ -91,11 +90,12 @@ def test_a_wrong_edge_is_seen() -> None:
     assert not forbidden("quant.pipeline", "calib.capture.walk")
 
 
-def test_calib_imports_torch_and_the_standard_library_only() -> None:
+def test_calib_imports_torch_compiled_code_and_the_standard_library_only() -> None:
     allowed = {"torch", "calib", "datasets", "pyarrow", "__future__"}
     import sys
 
     for name, file in sources():
         if name.startswith("calib"):
-            tops = {imported.split(".")[0] for imported in imports_of(file)}
+            names = [i for i in imports_of(file) if not i.startswith("quant.native")]
+            tops = {imported.split(".")[0] for imported in names}
             assert tops <= allowed | set(sys.stdlib_module_names), name

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from quant.llama.cache import KVCache
 from quant.llama.config import LlamaConfig
 from quant.llama.positions import rotary_of_rows, rotate, visible
+from quant.native import products
 
 # Linears that share an input stand together: they share one Hessian and are solved as one stack.
 LINEAR_GROUPS = (
@@ -45,7 +46,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return products.linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):

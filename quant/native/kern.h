@@ -62,6 +62,17 @@ typedef struct {
     float max_code;
 } kern_block;
 
+/* out (m, n) = alpha A^T B for A (k, m), B (k, n) in float32; out's rows are contiguous. */
+typedef struct {
+    const float *a, *b;
+    float *out;
+    int64_t m, n, k;
+    int64_t a_row, a_column, b_row, b_column, out_row; /* distances between neighbours, in floats */
+    float alpha;
+    int32_t add;   /* to what out holds */
+    int32_t upper; /* only where column >= row must be right; m = n */
+} kern_product;
+
 /* One instruction set. `tile` takes blocks of tile_rows[precision] rows, `multiply` panel_rows; the
  * last block may have fewer. Where panel_rows are 0 there are no panels. */
 typedef struct {
@@ -112,5 +123,8 @@ KERN_API int kern_matmul(int precision, const kern_weight *w, const float *x, in
 
 /* Round one block of columns. 0, or -1 where it has more than SOLVE_MOST_COLUMNS. */
 KERN_API int kern_round_block(const kern_block *b);
+
+/* 0, or -1 when memory is short. */
+KERN_API int kern_multiply(const kern_product *p);
 
 #endif
