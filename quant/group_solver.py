@@ -52,7 +52,9 @@ def solve_group(
     aim = mine if drift is None else towards_float(mine, hessian, drift, options.target)
     solution = solve(aim, hessian, config, options)
     plain = solve(mine, hessian, config, RTNOptions()).tensor
-    losses = distributed.gather_rows(_losses(mine, (solution.tensor, plain), hessian), count)
+    known = (solution.losses if drift is None else None, None)  # else it is of another weight
+    losses = _losses(mine, (solution.tensor, plain), known, hessian)
+    losses = distributed.gather_rows(losses, count)
     whole = _gather(solution.tensor, count)
     results, start = [], 0
     for weight in weights:
@@ -65,12 +67,22 @@ def solve_group(
     return results
 
 
-def _losses(weight: Tensor, tensors: tuple[QuantizedTensor, ...], hessian: Tensor) -> Tensor:
-    """(out, tensors + 1) float64: the energy each tensor loses of every row, and all of it."""
+def _losses(
+    weight: Tensor,
+    tensors: tuple[QuantizedTensor, ...],
+    known: tuple[Tensor | None, ...],
+    hessian: Tensor,
+) -> Tensor:
+    """(out, tensors + 1) float64: the energy each tensor loses of every row, where its solver has
+    not told, and the whole energy.
+    """
     losses = torch.empty(len(weight), len(tensors) + 1, dtype=torch.float64, device=weight.device)
     for start in range(0, len(weight), _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
-        for column, tensor in enumerate(tensors):
+        for column, (tensor, told) in enumerate(zip(tensors, known, strict=True)):
+            if told is not None:
+                losses[rows, column] = told[rows]
+                continue
             error = weight[rows] - tensor.rows(rows).dequantize()
             losses[rows, column] = output_energy(error, hessian)
         losses[rows, -1] = output_energy(weight[rows], hessian)

@@ -1,6 +1,7 @@
 /* AVX-512 (F, BW, DQ, VL) with VNNI: a line is one register. */
 #include "kern.h"
 #include "quantize.h"
+#include "search.h"
 #include "solve.h"
 
 #include <immintrin.h>

@@ -55,12 +55,25 @@ typedef struct {
     const float *values;         /* the weight with the errors of all earlier blocks */
     const float *original;       /* the weight itself */
     const float *ratio;          /* (columns, columns): [j][i] weighs the error of i < j in j */
-    const float *scales, *zeros; /* of each weight */
+    const float *judged;         /* (2, columns): s, d of the loss */
+    const float *scales, *zeros; /* (groups, rows) */
+    const int64_t *groups;       /* of each column */
     uint8_t *codes;              /* out */
     float *errors;               /* out: original - scale * (code - zero) */
+    float *losses;               /* out, of each row: sum of s (v - q)^2 - d error^2 */
     int64_t columns, rows;
     float max_code;
 } kern_block;
+
+/* The search for the scales and zeros of least weighted error, see search.h. */
+typedef struct {
+    const float *weights, *importance; /* (rows, columns), (columns) */
+    const float *coarse, *fine;        /* fractions of the scale to try */
+    float *scales, *zeros;             /* (rows, columns / width): the start in, the best out */
+    int64_t rows, columns, width, coarse_count, fine_count;
+    int32_t shift; /* how far zeros may move */
+    float max_code;
+} kern_search;
 
 /* out (m, n) = alpha A^T B for A (k, m), B (k, n) in float32; out's rows are contiguous. */
 typedef struct {
@@ -92,6 +105,8 @@ typedef struct {
                      float *totals, float *open);
     /* GPTQ's loop for rows begin..end-1, at most 32. */
     void (*round_rows)(const kern_block *b, int64_t begin, int64_t end);
+    /* The grids of one row. */
+    void (*search_row)(const kern_search *s, int64_t row);
 } kern_isa;
 
 extern const kern_isa kern_scalar, kern_avx2, kern_avxvnni, kern_avx512, kern_neon;
@@ -124,7 +139,9 @@ KERN_API int kern_matmul(int precision, const kern_weight *w, const float *x, in
 /* Round one block of columns. 0, or -1 where it has more than SOLVE_MOST_COLUMNS. */
 KERN_API int kern_round_block(const kern_block *b);
 
-/* 0, or -1 when memory is short. */
+KERN_API void kern_fit_scales(const kern_search *s);
+
+/* 0, or -1 when memory is short, or where there are no panels. */
 KERN_API int kern_multiply(const kern_product *p);
 
 #endif

@@ -1,6 +1,7 @@
 /* NEON with the dot product extension (ARMv8.2). */
 #include "kern.h"
 #include "quantize.h"
+#include "search.h"
 #include "solve.h"
 
 #include <arm_neon.h>

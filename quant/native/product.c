@@ -67,7 +67,10 @@ static void tile(const job *j, int64_t row, int64_t column) {
     const kern_product *p = j->p;
     const int64_t rows = least(j->rows, p->m - row), columns = least(j->width, p->n - column);
     float sums[MOST_ROWS * MOST_WIDTH] = {0};
-    j->isa->multiply((int)rows, j->a + row * j->depth, j->b + column * j->depth, j->depth, sums);
+    const kern_weight shape = {.k = j->depth};
+    const kern_input a = {.words = (const uint32_t *)j->a};
+    const kern_panel b = {.w = &shape, .end = j->depth, .words = (uint32_t *)(j->b + column * j->depth)};
+    j->isa->multiply(EXACT, (int)rows, &b, &a, row, sums, NULL);
     const int add = p->add || j->start;
     for (int64_t r = 0; r < rows; r++) {
         float *out = p->out + (row + r) * p->out_row + column;
@@ -97,8 +100,9 @@ static void items(int64_t begin, int64_t end, void *context) {
 
 int kern_multiply(const kern_product *p) {
     job j = {.p = p, .isa = kern_active()};
-    j.rows = j.isa->panel_rows;
+    j.rows = j.isa->panel_rows[EXACT];
     j.width = j.isa->panel_tiles * TILE;
+    if (!j.rows) return -1;
     const int64_t blocks = parts(p->m, j.rows), panels = parts(p->n, j.width);
     const int64_t depth = least(DEPTH, p->k);
     j.a = malloc((p->m + panels * j.width) * depth * sizeof(float));

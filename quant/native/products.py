@@ -46,7 +46,7 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
     """out += alpha a @ b, for matrices of any strides; the rows of out must be contiguous."""
     if _can(a, b):
         _multiply(out, a.T, b, alpha, add=True)
-    else:
+    elif a.shape[1]:
         out.addmm_(a, b, alpha=alpha)
 
 
@@ -76,7 +76,8 @@ def _can(a: Tensor, b: Tensor) -> bool:
     if not fits or a.numel() * max(b.shape) < _LEAST_WORK or torch.compiler.is_compiling():
         return False
     grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    return not grad and library() is not None
+    kern = library()
+    return not grad and kern is not None and kern.kern_selected() != b"scalar"  # BLAS is faster
 
 
 def _multiply(

@@ -1,6 +1,7 @@
 /* Plain C that reads like the formula: the fallback, and what the other files are compared with. */
 #include "kern.h"
 #include "quantize.h"
+#include "search.h"
 #include "solve.h"
 
 static float half_to_float(uint16_t h) {
@@ -89,4 +90,5 @@ const kern_isa kern_scalar = {
     .prepare = prepare,
     .tile = tile_rows,
     .round_rows = round_rows,
+    .search_row = search_row,
 };

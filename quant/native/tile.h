@@ -262,4 +262,5 @@ static void tile_rows(int precision, int rows, const kern_weight *w, int64_t til
         .unpack = unpack,                                                                          \
         .multiply = multiply,                                                                      \
         .round_rows = round_rows,                                                                  \
+        .search_row = search_row,                                                                  \
     }

@@ -1,6 +1,7 @@
 /* The vector operations of tile.h on 256 bits: AVX2, FMA and F16C; with VNNI its dot products. */
 #include "kern.h"
 #include "quantize.h"
+#include "search.h"
 #include "solve.h"
 
 #include <immintrin.h>
