@@ -56,7 +56,7 @@ def pack(qt: QuantizedTensor) -> dict[str, Tensor]:
     gather = _columns(qt, groups)
     codes = torch.nn.functional.pad(qt.codes, (0, 1))[:, gather]  # column -1 holds zeros
     packed = {
-        "codes": _in_large_pages(_pack_codes(_pad_rows(codes), 8 if qt.bits == 8 else 4)),
+        "codes": in_large_pages(_pack_codes(_pad_rows(codes), 8 if qt.bits == 8 else 4)),
         "scales": _tiles(_pad_rows(qt.grid.scales).to(torch.float16)),
         "zeros": _tiles(_pad_rows(qt.grid.zeros)),
         "extent": torch.empty(out_features, in_features, 0),
@@ -101,7 +101,7 @@ def _pack_codes(codes: Tensor, bits: int) -> Tensor:
     return lines.transpose(1, 2).flatten(2).contiguous()
 
 
-def _in_large_pages(codes: Tensor) -> Tensor:
+def in_large_pages(codes: Tensor) -> Tensor:
     """A copy in fresh memory with large pages, which is read faster than small ones; the tensor
     itself where it is small or the system has none.
     """

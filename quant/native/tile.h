@@ -15,7 +15,7 @@
  *   add_i sub_i to_f fma_f add_f mul_f sub_f load_f store_f load_half(p) load_bytes(p)
  *
  * `rows` is a constant in every call, so that accumulators are registers. */
-#define AHEAD 2048 /* bytes of weights to prefetch */
+#define AHEAD 8192 /* bytes of weights to prefetch: more than two threads of a fast memory have in flight */
 #define VECTORS (TILE / LANES)
 #define INLINE static inline __attribute__((always_inline))
 /* Unrolled early, so that arrays of vectors become registers. */
