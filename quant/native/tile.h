@@ -172,7 +172,7 @@ INLINE void exact_line_8bit(const uint8_t *line, const vi *zeros, const float *v
 /* out (rows, 16) in float32; several partial sums, since one chain of additions is slow. */
 INLINE void exact_tile(int rows, int bits, const kern_weight *w, int64_t tile, const kern_input *x,
                        int64_t row, float *out) {
-    const int per_line = 32 / bits;
+    const int per_line = 32 / bits, lines = rows == 1 ? 4 : 1; /* at a time */
     const uint8_t *line = w->codes + tile * w->k * TILE * bits / 8;
     const float *values = (const float *)x->words + row * w->k;
     const int chains = rows * VECTORS >= 8 ? 1 : rows * VECTORS >= 4 ? 2 : 4;
@@ -184,13 +184,16 @@ INLINE void exact_tile(int rows, int bits, const kern_weight *w, int64_t tile, c
         EACH(v, VECTORS) zeros[v] = repeat(grid.zero[v], bits == 8 ? 1 : 0x01010101);
         vf parts[TILE_ROWS_EXACT][VECTORS][4];
         EACH(r, rows) EACH(v, VECTORS) EACH(c, 4) parts[r][v][c] = zero_f();
-        for (int64_t k = 0; k < w->group; k += per_line, line += LINE, values += per_line * rows) {
-            prefetch(line + AHEAD);
-            if (bits == 8)
-                exact_line_8bit(line, zeros, values, parts);
-            else
-                exact_line(rows, chains, line, zeros, values, parts);
-        }
+        for (int64_t k = 0; k < w->group; k += lines * per_line)
+            EACH(l, lines) {
+                prefetch(line + AHEAD);
+                if (bits == 8)
+                    exact_line_8bit(line, zeros, values, parts);
+                else
+                    exact_line(rows, chains, line, zeros, values, parts);
+                line += LINE;
+                values += per_line * rows;
+            }
         EACH(r, rows) EACH(v, VECTORS) {
             for (int c = 1; c < 4; c++) parts[r][v][0] = add_f(parts[r][v][0], parts[r][v][c]);
             vf scale = mul_f(grid.scale[v], set1_f(bits == 8 ? 1.0f : 0x1p-24f));
