@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PANELS = 8  # (8 + 1) / 16 of the products of a full one are made
-_LEAST_PANEL = 128  # columns that still multiply at full speed
+from quant.native import products
+
+_PANEL = 512  # columns that still multiply at full speed
 
 
 class Hessian:
@@ -20,8 +21,6 @@ class Hessian:
         tokens: how many x it holds.
         drift: (in_features, in_features) float32, the sum of (x~ - x) x^T with x~ the input in the
             float model; None where x~ is not known.
-        lag: (hidden, in_features) float32, the sum of (h~ - h) x^T with h the residual stream to
-            which the linear's output is added; None where there is none, or h~ is not known.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
@@ -29,13 +28,15 @@ class Hessian:
         self._mirrored = True
         self.tokens = 0
         self.drift: Tensor | None = None
-        self.lag: Tensor | None = None
 
     @property
     def matrix(self) -> Tensor:
         """(in_features, in_features) float32, symmetric; the sum itself, not a copy."""
         if not self._mirrored:
-            for start, end in self._panels():
+            for start in range(0, len(self._upper), _PANEL):
+                end = start + _PANEL
+                square = self._upper[start:end, start:end].triu()
+                self._upper[start:end, start:end] = square + square.triu(1).T
                 self._upper[end:, start:end] = self._upper[start:end, end:].T
             self._mirrored = True
         return self._upper
@@ -45,27 +46,13 @@ class Hessian:
         out. `original` has the same rows in the float model.
         """
         rows = _rows(x, mask)
-        for start, end in self._panels():
-            self._upper[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
+        products.add_gram_(self._upper, rows)
         self._mirrored = False
         self.tokens += len(rows)
         if original is not None:
             if self.drift is None:
                 self.drift = torch.zeros_like(self._upper)
-            self.drift.addmm_((_rows(original, mask) - rows).T, rows)
-
-    def add_lag(self, x: Tensor, behind: Tensor, mask: Tensor | None = None) -> None:
-        """Add to `lag` the rows of x (..., in_features) and of h~ - h (..., hidden)."""
-        rows, missing = _rows(x, mask), _rows(behind, mask)
-        if self.lag is None:
-            self.lag = torch.zeros(missing.shape[1], rows.shape[1], device=rows.device)
-        self.lag.addmm_(missing.T, rows)
-
-    def _panels(self) -> list[tuple[int, int]]:
-        """(start, end) of the panels of rows; each reaches from the diagonal to the right."""
-        width = len(self._upper)
-        step = max(_LEAST_PANEL, -(-width // _PANELS))
-        return [(start, min(start + step, width)) for start in range(0, width, step)]
+            products.add_product_(self.drift, (_rows(original, mask) - rows).T, rows)
 
     def merge(self, other: Hessian) -> None:
         """Add another sum over other tokens.
@@ -82,8 +69,6 @@ class Hessian:
         self.tokens += other.tokens
         if other.drift is not None:
             self.drift = other.drift if self.drift is None else self.drift + other.drift
-        if other.lag is not None:
-            self.lag = other.lag if self.lag is None else self.lag + other.lag
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:

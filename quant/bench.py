@@ -21,6 +21,7 @@ from torch import Tensor
 from quant.config import QuantConfig
 from quant.contenders import CONTENDERS
 from quant.grid import QuantizedTensor, fit_minmax, nearest_codes
+from quant.kernels.cpu import in_large_pages
 from quant.llama.cache import KVCache
 from quant.llama.model import Llama
 
@@ -52,7 +53,7 @@ class Row:
 
 def measure_machine() -> dict[str, Any]:
     """Read bandwidth (GB/s) and float32 matrix product rate (GFLOP/s) of torch's threads."""
-    data = torch.zeros(3 * cold_bytes() // 4)
+    data = in_large_pages(torch.zeros(3 * cold_bytes(), dtype=torch.uint8)).view(torch.float32)
     matrix = torch.ones(2048, 2048)
     read = _median(lambda: data.sum(), 7)
     product = _median(lambda: matrix @ matrix, 7)

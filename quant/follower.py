@@ -46,7 +46,7 @@ class Follower:
             states.restore(window, raw)
 
     def commit_later(
-        self, linears: list[dict[str, Any]], digests: dict[str, str], states: HiddenStates
+        self, report: dict[str, Any], digests: dict[str, str], states: HiddenStates
     ) -> None:
         """Send the hidden states while the caller goes on; first waits for those before."""
         self.wait()

@@ -7,6 +7,7 @@ layer then holds the dequantized codes, so what follows sees what is stored.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,13 +20,14 @@ from calib.hessian import Hessian
 from calib.hidden import HiddenStates
 from quant import distributed
 from quant.checkpoint import CheckpointReader
+from quant.code_counts import CodeCounts
 from quant.config import QuantConfig
 from quant.group_solver import solve_group
 from quant.layer_inputs import advance_float, embed, empty_states
 from quant.layer_reader import LINEARS, build_layer, read_layers
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
-from quant.report import LinearReport
+from quant.report import LayerReport, LinearReport, peak_memory_bytes
 from quant.run_options import RunOptions, Step
 from quant.verification import digest
 
@@ -54,9 +56,10 @@ def layers(run: Run, first: int) -> Iterator[Step]:
     """Quantize the layers from `first` on; a Step after each group."""
     mine = distributed.share(len(run.windows))  # of the windows
     states = _hidden_states(run, run.windows[mine], first)
-    aiming = getattr(run.solver, "needs_float", False)
+    aiming = getattr(run.solver, "target", 0) > 0
     originals = _original_states(run, run.windows[mine], first) if aiming else None
     mask = None if run.mask is None else run.mask[mine]
+    start = time.perf_counter()
     for index, tensors in read_layers(run.reader, run.llama, first):
         prefix = f"model.layers.{index}."
         for name, tensor in tensors.items():
@@ -67,21 +70,26 @@ def layers(run: Run, first: int) -> Iterator[Step]:
         beside = None if originals is None else (copy.deepcopy(layer), originals)
         walking = walk(layer, states, mask, run.device, run.options.budget, beside)
         for group, hessian in zip(LINEAR_GROUPS, walking, strict=True):
-            distributed.sum_(hessian.matrix)
-            for beside_float in (hessian.drift, hessian.lag):
-                if beside_float is not None:
-                    distributed.sum_(beside_float)
-            hessian.tokens = distributed.total(hessian.tokens)
-            if not torch.isfinite(hessian.matrix.diagonal()).all():
-                raise ValueError(
-                    f"{prefix}{group[0]}: its input is not finite; the model overflows here, or "
-                    "the layer is damaged"
-                )
+            _complete_(hessian, prefix + group[0])
             linears = _quantize_group(run, layer, prefix, group, hessian)
             done += linears
             yield Step(index, run.llama.num_hidden_layers, tuple(linears))
-        run.journal.commit_later([asdict(linear) for linear in done], run.digests, states)
+        seconds, start = time.perf_counter() - start, time.perf_counter()
+        report = LayerReport(tuple(done), round(seconds, 3), peak_memory_bytes())
+        run.journal.commit_later(asdict(report), run.digests, states)
         run.digests = {}
+
+
+def _complete_(hessian: Hessian, name: str) -> None:
+    """Make the Hessian of this process's windows that of all; `name` is of a linear it is for."""
+    distributed.sum_(hessian.matrix)
+    if hessian.drift is not None:
+        distributed.sum_(hessian.drift)
+    hessian.tokens = distributed.total(hessian.tokens)
+    if not torch.isfinite(hessian.matrix.diagonal()).all():
+        raise ValueError(
+            f"{name}: its input is not finite; the model overflows here, or the layer is damaged"
+        )
 
 
 def _hidden_states(run: Run, windows: Tensor, first: int) -> HiddenStates:
@@ -115,5 +123,5 @@ def _quantize_group(
         run.digests[prefix + name] = digest(one.tensor)
         weight.copy_(one.tensor.dequantize())
         facts = (one.error, one.rtn_error, one.damp, hessian.tokens, weight.shape[1], one.notes)
-        reports.append(LinearReport(prefix + name, *facts, *one.aim_errors))
+        reports.append(LinearReport(prefix + name, *facts, CodeCounts.of(one.tensor)))
     return reports

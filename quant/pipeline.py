@@ -37,7 +37,8 @@ from quant.layer_reader import check_plain, plain_tensors
 from quant.llama.config import LlamaConfig
 from quant.model_card import write_card
 from quant.partial import partial_folder
-from quant.report import LinearReport, Report
+from quant.report import LayerReport, Report
+from quant.report_page import write_page
 from quant.resume import Journal
 from quant.run_options import RunOptions
 from quant.solvers import solver_name
@@ -101,12 +102,13 @@ def _lead(run: Run, output: Path, start: float) -> Report:
             _fill(run)
         finally:
             journal.close()
-        linears = [LinearReport.from_dict(d) for layer in journal.layers for d in layer.linears]
+        layers = [LayerReport.from_dict(d.report) for d in journal.layers if d.report]
         path, windows = run.reader.path, run.windows
-        report = Report.of_run(path, output, config, settings, windows, linears, start)
+        report = Report.of_run(path, output, config, settings, windows, layers, start)
         report = replace(report.with_data(options.data), forecast=options.forecast)
         report.write(folder)
         write_card(folder)
+        write_page(folder)
         journal.forget_hidden()
     return report
 
@@ -127,7 +129,7 @@ def _fill(run: Run) -> None:
     _quantize_layers(run)
     if len(journal.layers) == run.llama.num_hidden_layers:
         _copy_plain(run)
-        journal.commit([], {})
+        journal.commit_plain()
     run.writer.close(run.reader.config)
     run.reader.copy_companions(journal.folder)
     verify(journal.folder, {k: v for layer in journal.layers for k, v in layer.digests.items()})

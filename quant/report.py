@@ -1,5 +1,5 @@
 """quantize_report.json: what was done to each linear, with which settings and data, and what it
-cost.
+cost; what `eval` measured is added later.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.checkpoint import read_json
+from quant.code_counts import CodeCounts
 from quant.config import QuantConfig
+from quant.durable import write_file
 from quant.fingerprint import own_version
 
 FILE_NAME = "quantize_report.json"
@@ -25,9 +29,7 @@ FILE_NAME = "quantize_report.json"
 @dataclass(frozen=True)
 class LinearReport:
     """One linear. Errors are tr(E H E^T) / tr(W H W^T): the share of the output's energy that is
-    lost. Where a target was aimed at, `aim_error` and `rtn_aim_error` are the distances from W*
-    instead of W, and these are what is compared: a weight that undoes earlier errors lies further
-    from W than it need.
+    lost.
     """
 
     name: str
@@ -37,23 +39,24 @@ class LinearReport:
     tokens: int
     in_features: int
     notes: tuple[str, ...] = ()
-    aim_error: float | None = None
-    rtn_aim_error: float | None = None
+    counts: CodeCounts | None = None
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> LinearReport:
         """What `asdict` and JSON made of one."""
-        return cls(**{**stored, "notes": tuple(stored["notes"])})
+        counts = stored.get("counts")
+        counts = None if counts is None else CodeCounts.from_dict(counts)
+        return cls(**{**stored, "notes": tuple(stored["notes"]), "counts": counts})
 
     @property
     def warnings(self) -> list[str]:
         """What the user should know about this linear, one line each."""
         lines = [f"{self.name}: {note}" for note in self.notes]
-        what, mine, plain = "relative error", self.relative_error, self.rtn_relative_error
-        if self.aim_error is not None and self.rtn_aim_error is not None:
-            what, mine, plain = "error towards its aim", self.aim_error, self.rtn_aim_error
-        if mine > plain * 1.0001:
-            lines.append(f"{self.name}: {what} {mine:.3g} is above round-to-nearest's {plain:.3g}")
+        if self.relative_error > self.rtn_relative_error * 1.0001:
+            lines.append(
+                f"{self.name}: relative error {self.relative_error:.3g} is above "
+                f"round-to-nearest's {self.rtn_relative_error:.3g}"
+            )
         if self.tokens < self.in_features:
             lines.append(
                 f"{self.name}: {self.tokens} calibration tokens for {self.in_features} inputs; "
@@ -63,8 +66,29 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class LayerReport:
+    """One layer: its linears, the time it took, and the peak of memory until its end."""
+
+    linears: tuple[LinearReport, ...]
+    seconds: float
+    peak_memory_bytes: int | None
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> LayerReport:
+        """What `asdict` and JSON made of one."""
+        linears = tuple(LinearReport.from_dict(linear) for linear in stored["linears"])
+        return cls(**{**stored, "linears": linears})
+
+
+@dataclass(frozen=True)
 class Report:
-    """The whole run."""
+    """The whole run.
+
+    Attributes:
+        layers: seconds and peak_memory_bytes of each layer, in order; those that an earlier run
+            finished are as they were there.
+        evaluations: what `eval` measured, one for each text and protocol.
+    """
 
     model: str
     output: str
@@ -75,6 +99,8 @@ class Report:
     versions: dict[str, str]
     linears: tuple[LinearReport, ...]
     forecast: dict[str, float] | None = None
+    layers: tuple[dict[str, Any], ...] = ()
+    evaluations: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def of_run(
@@ -84,7 +110,7 @@ class Report:
         config: QuantConfig,
         settings: dict[str, Any],
         windows: Tensor,
-        linears: list[LinearReport],
+        layers: list[LayerReport],
         start: float,
     ) -> Report:
         """Collect the facts of a run that began at `start` (time.perf_counter)."""
@@ -102,12 +128,42 @@ class Report:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
-            linears=tuple(linears),
+            linears=tuple(linear for layer in layers for linear in layer.linears),
+            layers=tuple(
+                {"seconds": layer.seconds, "peak_memory_bytes": layer.peak_memory_bytes}
+                for layer in layers
+            ),
         )
+
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        """The report of a checkpoint.
+
+        Raises:
+            ValueError: there is none, or it is not one of ours.
+        """
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
+        if not (folder / FILE_NAME).is_file():
+            raise ValueError(f"{folder}: has no {FILE_NAME}; only what `quantize` made has one")
+        stored = read_json(folder / FILE_NAME)
+        try:
+            lists = {"linears": tuple(LinearReport.from_dict(d) for d in stored["linears"])}
+            lists |= {key: tuple(stored.get(key, ())) for key in ("layers", "evaluations")}
+            return cls(**{**stored, **lists})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / FILE_NAME}: not a report of this version ({error}); quantize again"
+            ) from None
 
     def with_data(self, source: str) -> Report:
         """The same, with what the calibration windows are taken from."""
         return replace(self, calibration={**self.calibration, "source": source})
+
+    def with_evaluation(self, measured: dict[str, Any]) -> Report:
+        """The same, with what `eval` measured in place of an earlier result of that protocol."""
+        kept = [old for old in self.evaluations if _protocol(old) != _protocol(measured)]
+        return replace(self, evaluations=(*kept, measured))
 
     @property
     def warnings(self) -> list[str]:
@@ -136,7 +192,19 @@ class Report:
         )
 
     def write(self, folder: Path) -> None:
-        (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write quantize_report.json, lists of numbers on one line."""
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        text = re.sub(r"\[[\s\d,]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+        write_file(folder / FILE_NAME, lambda file: _write_text(file, text))
+
+
+def _protocol(measured: dict[str, Any]) -> tuple[Any, ...]:
+    """What two results must share to be of the same thing."""
+    return tuple(measured.get(key) for key in ("sha256", "bos", "window", "precision"))
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
 
 
 def float_origin(folder: Path) -> Path | None:

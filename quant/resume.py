@@ -37,7 +37,7 @@ class Finished:
     """One layer: its files, what the report says of it, and the digests of its linears."""
 
     parts: list[Part]
-    linears: list[dict[str, Any]]
+    report: dict[str, Any]
     digests: dict[str, str]
 
 
@@ -98,19 +98,19 @@ class Journal:
             for window, raw in enumerate(distributed.deal(stored, self.windows, size)):
                 states.restore(window, raw)
 
-    def commit(self, linears: list[dict[str, Any]], digests: dict[str, str]) -> None:
-        """Make what was added to the writer durable, without hidden states, before returning."""
-        self.commit_later(linears, digests, None)
+    def commit_plain(self) -> None:
+        """Make what was added to the writer behind the last layer durable, before returning."""
+        self.commit_later({}, {}, None)
         self.wait()
 
     def commit_later(
-        self, linears: list[dict[str, Any]], digests: dict[str, str], states: HiddenStates | None
+        self, report: dict[str, Any], digests: dict[str, str], states: HiddenStates | None
     ) -> None:
         """Make a layer durable while the caller goes on; first waits for the layer before it, so
         that `states.present` is saved before it is used again.
         """
         self.wait()
-        job = (self.writer.take(), linears, digests, states)
+        job = (self.writer.take(), report, digests, states)
         self._writing = self._pool.submit(self._commit, *job)
 
     def wait(self) -> None:
@@ -137,7 +137,7 @@ class Journal:
     def _commit(
         self,
         write: Callable[[], list[Part]],
-        linears: list[dict[str, Any]],
+        report: dict[str, Any],
         digests: dict[str, str],
         states: HiddenStates | None,
     ) -> None:
@@ -146,7 +146,7 @@ class Journal:
         if states is not None:
             self.hidden = {key: file for key, file in self.hidden.items() if key == before - 1}
             self.hidden[before] = self._save_hidden(states, before)
-        self.layers.append(Finished(parts, linears, digests))
+        self.layers.append(Finished(parts, report, digests))
         self._write_state()
 
     def _save_hidden(self, states: HiddenStates, before: int) -> Part:

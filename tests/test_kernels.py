@@ -46,10 +46,18 @@ def test_integer_precisions_are_exact_integers(
 
 
 @built
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("width", [32, 96, 128, 256, -1])
+def test_many_rows_are_exact_integers(isa: str, width: int, bits: int) -> None:
+    """So many that codes are unpacked for all of them, in panels that groups may straddle."""
+    agrees_with_the_model(make(40, 2304, width, bits), rows(77, 2304))
+
+
+@built
 @pytest.mark.parametrize("k", [1, 3, 17, 31, 172])
 @pytest.mark.parametrize("n", [1, 3, 17, 31])
 def test_odd_sizes(isa: str, n: int, k: int) -> None:
-    for m in (1, 2, 3, 7, 8, 9, 15, 17):
+    for m in (1, 2, 3, 7, 8, 9, 15, 17, 70):
         qt, x = make(n, k), rows(m, k)
         agrees_with_the_model(qt, x)
         assert worst_error(cpu.matmul(x, cpu.pack(qt), "exact"), x, qt) < 1e-6
@@ -57,7 +65,7 @@ def test_odd_sizes(isa: str, n: int, k: int) -> None:
 
 @built
 def test_columns_of_any_group(isa: str) -> None:
-    for m in (1, 20):
+    for m in (1, 20, 70):
         qt, x = shuffled(make(33, 300), 5), rows(m, 300)
         agrees_with_the_model(qt, x)
         assert worst_error(cpu.matmul(x, cpu.pack(qt), "exact"), x, qt) < 1e-6
@@ -74,7 +82,7 @@ def test_exact_against_float64(isa: str, m: int, width: int, bits: int) -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    m=st.integers(1, 20),
+    m=st.integers(1, 20) | st.integers(65, 80),
     n=st.integers(1, 70),
     groups=st.integers(1, 4),
     width=st.sampled_from([32, 64, 128]),
@@ -138,7 +146,7 @@ def test_the_largest_sums(isa: str) -> None:
         for zero in (1, 2**bits - 1):
             zeros = torch.full((16, 1), zero, dtype=torch.uint8)
             qt = QuantizedTensor(codes, Grid(torch.ones(16, 1), zeros, bits))
-            for x in (torch.ones(1, 28672), -torch.ones(1, 28672)):
+            for x in (torch.ones(1, 28672), -torch.ones(65, 28672)):
                 agrees_with_the_model(qt, x)
 
 
@@ -147,7 +155,7 @@ def test_the_largest_sums(isa: str) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_spreads_to_its_row_alone(isa: str, precision: str, bad: float) -> None:
     qt = make(40, 128, 32)
-    for m in (5, 20):
+    for m in (5, 20, 70):
         x = rows(m, 128)
         clean = cpu.matmul(x, cpu.pack(qt), precision)
         x[3, 70] = bad

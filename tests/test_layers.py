@@ -14,17 +14,17 @@ LAYERS = [
     ["quant.pipeline", "quant.loader", "quant.evaluate", "quant.bench", "quant.export"]
     + ["quant.convert", "quant.publishing"],
     ["quant.layer_loop"],
-    ["quant.resume", "quant.follower", "quant.run_options", "quant.model_card", "quant.plan"],
+    ["quant.resume", "quant.follower", "quant.run_options", "quant.model_card", "quant.plan"]
+    + ["quant.report_page"],
     ["quant.linear", "quant.report", "quant.verification", "quant.contenders"]
     + ["quant.runtimes", "quant.group_solver", "quant.layer_inputs"],
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.sources", "quant.layer_reader", "quant.fingerprint", "quant.partial", "quant.machine"]
-    + ["quant.added_tokens"],
+    + ["quant.added_tokens", "quant.code_counts"],
     ["quant.grid", "quant.packing", "quant.checkpoint", "quant.checkpoint_writer"]
     + ["quant.output", "quant.geometry", "quant.stream_writer"],
-    ["quant.config", "quant.llama", "quant.native", "quant.distributed", "calib"]
-    + ["quant.durable"],
-    ["quant.watch"],
+    ["quant.config", "quant.llama", "quant.distributed", "calib", "quant.durable"],
+    ["quant.watch", "quant.native"],
 ]
 
 
@@ -52,7 +52,7 @@ def forbidden(module: str, imported: str) -> bool:
     if mine is None or theirs is None or mine[1] == theirs[1]:
         return False
     if mine[1] in ("calib", "quant.llama", "quant.config", "quant.native"):
-        return True
+        return theirs[1] != "quant.native"  # compiled code is as deep as torch
     return theirs[0] <= mine[0]
 
 
@@ -90,11 +90,12 @@ def test_a_wrong_edge_is_seen() -> None:
     assert not forbidden("quant.pipeline", "calib.capture.walk")
 
 
-def test_calib_imports_torch_and_the_standard_library_only() -> None:
+def test_calib_imports_torch_compiled_code_and_the_standard_library_only() -> None:
     allowed = {"torch", "calib", "datasets", "pyarrow", "__future__"}
     import sys
 
     for name, file in sources():
         if name.startswith("calib"):
-            tops = {imported.split(".")[0] for imported in imports_of(file)}
+            names = [i for i in imports_of(file) if not i.startswith("quant.native")]
+            tops = {imported.split(".")[0] for imported in names}
             assert tops <= allowed | set(sys.stdlib_module_names), name

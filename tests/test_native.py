@@ -19,7 +19,7 @@ from quant.kernels import PRECISIONS, cpu
 
 @built
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("m", [1, 5, 40])
+@pytest.mark.parametrize("m", [1, 5, 40, 70])
 def test_the_number_of_threads_changes_nothing(precision: str, m: int) -> None:
     assert KERN is not None
     packed, x = cpu.pack(make(1000, 512, 128)), rows(m, 512)

@@ -47,7 +47,7 @@ def die(): os.kill(os.getpid(), signal.SIGKILL)
 def start(source, output, spill, patch):
     exec(patch, globals())
     options = RunOptions(resume=True, storage=Storage(spill=Path(spill) if spill else None),
-                         on_step=lambda step: print(step.layer, flush=True))
+                         on_step=lambda step: os.write(1, b"%d\\n" % step.layer))
     quantize_checkpoint(source, output, windows, QuantConfig(4, 64), run_options=options)
 for line in sys.stdin:
     child = os.fork()

@@ -6,12 +6,14 @@ import dataclasses
 
 import pytest
 import torch
+from kernel_cases import ISAS, KERN, built
 from test_solvers import problem
 from torch import Tensor
 
 from quant.config import QuantConfig
 from quant.grid import Grid, fit_minmax, nearest_codes
 from quant.kernels import BACKENDS
+from quant.native import searching
 from quant.solvers import gptq
 from quant.solvers.gptq import GPTQOptions
 from quant.solvers.loss import relative_error
@@ -139,3 +141,30 @@ def test_nearest_codes_of_a_negative_scale_are_nearest() -> None:
     distance = (weight.view(16, 2, 1, 32) - values).abs()  # (out, groups, codes, width)
     nearest = nearest_codes(weight, grid).view(16, 2, 1, 32).long()
     assert torch.equal(distance.gather(2, nearest)[:, :, 0], distance.amin(2))
+
+
+@built
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("symmetric", "signed"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("width", [32, 96, -1])
+def test_native_search_finds_what_torch_finds(
+    isa: str, symmetric: bool, signed: bool, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert KERN is not None
+    config = QuantConfig(4, width, symmetric)
+    weight, hessian = problem(40, 192, 5)
+    # Down to scales below 2^-14, whose float16 steps are coarse, and groups that are all zero.
+    weight *= torch.logspace(-4.5, 0, 40)[:, None]
+    weight[3, :96] = 0
+    KERN.kern_select(isa.encode())
+    try:
+        native = fit_weighted(weight, hessian.diagonal(), config, signed)
+    finally:
+        KERN.kern_select(None)
+    monkeypatch.setattr(searching, "can_search", lambda weight, width: False)
+    plain = fit_weighted(weight, hessian.diagonal(), config, signed)
+    assert torch.equal(native.scales, native.scales.half().float())
+    losses = [literal_loss(weight, hessian.diagonal(), grid) for grid in (native, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-12)  # candidates that tie may differ
+    assert (native.scales == plain.scales).float().mean() > 0.95
+    assert (native.zeros == plain.zeros).float().mean() > 0.95

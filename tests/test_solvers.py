@@ -70,8 +70,8 @@ def test_worked_example() -> None:
     R, _, _ = gptq.factor(hessian, torch.arange(2), 0.0)
     assert torch.equal(R, torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
     grid = Grid(torch.ones(1, 1), torch.full((1, 1), 8, dtype=torch.uint8), 4)
-    codes = gptq._round_columns(weight, R, grid, torch.arange(2), 2, 128)
-    assert codes.tolist() == [[8, 9]]
+    codes, losses = gptq._round_columns(weight, R, grid, (torch.arange(2), torch.zeros(2)), 128)
+    assert codes.tolist() == [[8, 9]] and round(losses.item(), 4) == 0.2
     errors = {q: torch.tensor([[0.4 - q[0], 0.4 - q[1]]]) for q in ((0, 0), (0, 1))}
     assert [round((e @ hessian @ e.T).item(), 4) for e in errors.values()] == [0.8, 0.2]
 

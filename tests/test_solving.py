@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_cases import ISAS, KERN, built
@@ -15,32 +17,50 @@ from quant.solvers.gptq import GPTQOptions
 from quant.solvers.loss import output_energy, relative_error
 
 
-def block(rows: int, columns: int, seed: int = 0, negative: bool = False) -> tuple:
-    """Arguments of round_block."""
+def block(
+    rows: int, columns: int, seed: int = 0, negative: bool = False
+) -> tuple[solving.Block, solving.Grids]:
+    """What round_block takes."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    scales = random(columns, rows).abs() + 0.1
+    groups = torch.randint(0, 5, (columns,), generator=generator)
+    scales = random(5, rows).abs() + 0.1
     if negative:
         scales[::2] *= -1
-    zeros = torch.randint(0, 16, (columns, rows), generator=generator).float()
+    zeros = torch.randint(0, 16, (5, rows), generator=generator).float()
     original = random(columns, rows) * 3
     ratio = random(columns, columns) * 0.1
-    return original + random(columns, rows) * 0.1, original, ratio, scales, zeros, 15
+    values, judged = original + random(columns, rows) * 0.1, random(2, columns)
+    grids = solving.Grids(scales, zeros, groups, 15)
+    return solving.Block(values, original, ratio, judged), grids
 
 
-def in_float64(arguments: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes, and how far each was from another one, by the formula in float64."""
-    values, original, ratio, scales, zeros = (t.double() for t in arguments[:5])
+def in_float64(
+    block: solving.Block, grids: solving.Grids
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, how far each was from another one, and losses, by the formula in float64."""
+    values, original, ratio, judged = (t.double() for t in vars(block).values())
+    scales, zeros = grids.scales.double()[grids.groups], grids.zeros.double()[grids.groups]
+    losses = torch.zeros_like(values[0])
     errors, codes, margin = torch.zeros_like(values), values.clone(), values.clone()
     for j in range(len(values)):
         steps = (values[j] + ratio[:j, j] @ errors[:j]) / scales[j]
         margin[j] = (steps - steps.floor() - 0.5).abs()
-        codes[j] = (steps.round() + zeros[j]).clamp(0, arguments[5])
+        codes[j] = (steps.round() + zeros[j]).clamp(0, grids.max_code)
         errors[j] = original[j] - scales[j] * (codes[j] - zeros[j])
-    return codes, margin
+        moved = steps * scales[j] - scales[j] * (codes[j] - zeros[j])
+        losses += judged[0, j] * moved**2 - judged[1, j] * errors[j] ** 2
+    return codes, margin, losses
+
+
+def rounded(block: solving.Block, grids: solving.Grids) -> tuple[torch.Tensor, ...]:
+    """Codes, errors and losses of the library."""
+    errors = torch.empty(block.values.shape)
+    codes, losses = solving.round_block(block, grids, errors)
+    return codes, errors, losses
 
 
 @built
@@ -49,19 +69,20 @@ def in_float64(arguments: tuple) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 17), (31, 128), (32, 64), (100, 256)])
 def test_native_codes_equal_float64(isa: str, rows: int, columns: int, negative: bool) -> None:
     assert KERN is not None
-    arguments = block(rows, columns, rows, negative)
-    expected, margin = in_float64(arguments)
+    some, grids = block(rows, columns, rows, negative)
+    expected, margin, lost = in_float64(some, grids)
     KERN.kern_select(isa.encode())
     try:
-        codes, errors = solving.round_block(*arguments)
+        codes, errors, losses = rounded(some, grids)
     finally:
         KERN.kern_select(None)
     # A tie decided otherwise changes the rest of its row, so only rows without one are compared.
     sure = (margin > 1e-4).all(0)
     assert sure.float().mean() > 0.5 or rows == 1
     assert torch.equal(codes[:, sure].double(), expected[:, sure])
-    _, original, _, scales, zeros, _ = arguments
-    assert torch.equal(errors, original - scales * (codes.float() - zeros))
+    scales, zeros = grids.scales[grids.groups], grids.zeros[grids.groups]
+    assert torch.equal(errors, some.original - scales * (codes.float() - zeros))
+    torch.testing.assert_close(losses[sure].double(), lost[sure], rtol=1e-3, atol=1e-2)
 
 
 @built
@@ -70,7 +91,7 @@ def test_native_and_torch_solve_alike(symmetric: bool, monkeypatch: pytest.Monke
     weight, hessian = problem(70, 320, 3)
     config = QuantConfig(4, 64, symmetric)
     native = gptq.solve(weight, hessian, config, GPTQOptions()).tensor
-    monkeypatch.setattr(solving, "can_round", lambda values: False)
+    monkeypatch.setattr(solving, "can_round", lambda block: False)
     plain = gptq.solve(weight, hessian, config, GPTQOptions()).tensor
     assert (native.codes != plain.codes).float().mean() < 0.002  # ties
     errors = [relative_error(weight, qt.dequantize(), hessian) for qt in (native, plain)]
@@ -79,25 +100,44 @@ def test_native_and_torch_solve_alike(symmetric: bool, monkeypatch: pytest.Monke
 
 @built
 def test_a_row_does_not_depend_on_the_others_or_on_threads() -> None:
-    values, original, ratio, scales, zeros, most = block(90, 64)
-    whole, _ = solving.round_block(values, original, ratio, scales, zeros, most)
-    part = slice(37, 71)
+    whole, grids = block(90, 64)
+    some = slice(37, 71)
+    part = replace(whole, values=whole.values[:, some], original=whole.original[:, some])
+    of_part = replace(grids, scales=grids.scales[:, some], zeros=grids.zeros[:, some])
+    expected = rounded(whole, grids)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    codes, _ = solving.round_block(
-        *(t[:, part] for t in (values, original)), ratio, scales[:, part], zeros[:, part], most
-    )
+    codes, _, losses = rounded(part, of_part)
     torch.set_num_threads(threads)
-    assert torch.equal(codes, whole[:, part])
+    assert torch.equal(codes, expected[0][:, some]) and torch.equal(losses, expected[2][some])
 
 
 @built
 def test_blocks_that_do_not_fit_are_refused() -> None:
-    values, original, ratio, scales, zeros, most = block(4, 8)
-    with pytest.raises(ValueError, match=r"of one shape, .* found \(8, 4\) torch.float64"):
-        solving.round_block(values.double(), original, ratio, scales, zeros, most)
-    with pytest.raises(ValueError, match=r"ratio \(7, 8\) torch.float32: expected \(8, 8\)"):
-        solving.round_block(values, original, ratio[:7], scales, zeros, most)
+    good, grids = block(4, 8)
+    with pytest.raises(ValueError, match=r"original \(8, 4\) torch.float64 on cpu: expected"):
+        rounded(replace(good, original=good.original.double()), grids)
+    with pytest.raises(ValueError, match=r"ratio \(7, 8\) .*: expected \(8, 8\)"):
+        rounded(replace(good, ratio=good.ratio[:7]), grids)
+    with pytest.raises(ValueError, match="a block of 8 columns with 7 groups"):
+        rounded(good, grids.of(slice(7)))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("damp", [0.0, 0.01, 0.3])
+def test_the_loop_knows_what_it_loses(
+    native: bool, damp: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(solving, "can_round", lambda block: False)
+    weight, hessian = problem(70, 320, 3, 2000)
+    hessian[7], hessian[:, 7] = 0, 0  # an input that is never active
+    solution = gptq.solve(weight, hessian, QuantConfig(4, 64), GPTQOptions(damp=damp))
+    error = (weight - solution.tensor.dequantize()).double()
+    assert solution.losses is not None and solution.losses.dtype is torch.float64
+    torch.testing.assert_close(
+        solution.losses, (error @ hessian.double() * error).sum(1), rtol=2e-4, atol=0
+    )
 
 
 def test_energy_is_the_trace_in_float64() -> None:
@@ -152,7 +192,7 @@ def test_the_factor_follows_the_order_and_leaves_the_hessian(size: int) -> None:
     before = hessian.clone()
     R, damp, notes = gptq.factor(hessian, order, 0.01)
     assert torch.equal(hessian, before) and (damp, notes) == (0.01, ())
-    assert torch.equal(R, R.triu()) and R.is_contiguous()
+    assert torch.equal(R, R.triu()) and R.T.is_contiguous()
     expected = hessian.double()[order][:, order]
     expected.diagonal().add_(0.01 * expected.diagonal().mean())
     error = (R.double() @ R.double().T - expected).abs().max() / expected.abs().max()

@@ -16,6 +16,7 @@ from quant.commands.export import export
 from quant.commands.generate import generate
 from quant.commands.inspect import inspect
 from quant.commands.quantize import quantize
+from quant.commands.report import report
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "export": export,
     "inspect": inspect,
+    "report": report,
     "convert": convert,
     "bench kernels": bench_kernels,
     "bench decode": bench_decode,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,7 +58,9 @@ def evaluate(
     dtype: Dtype = "auto",
     precision: Precision = "exact",
 ) -> None:
-    """Perplexity by the GPTQ paper's protocol; if quantized, also against the float origin."""
+    """Perplexity by the GPTQ paper's protocol; if quantized, also against the float origin. The
+    result is kept in the checkpoint's report, where it has one.
+    """
     from quant.evaluate import evaluate
     from quant.evaluation_text import evaluation_ids, protocol
     from quant.loader import load_model
@@ -82,6 +85,20 @@ def evaluate(
         write_card(model, f"{protocol(facts, result)}\n{result.summary()}")
     if json_output:
         print(json.dumps({"model": str(model), "data": facts, **result.as_dict()}))
+    else:
+        print(protocol(facts, result))
+        print(result.summary())
+    _keep(model, {**facts, "precision": precision, **result.as_dict()})
+
+
+def _keep(model: Path, measured: dict[str, Any]) -> None:
+    """Add the result to the report, and say so; a report that cannot be written is no error."""
+    from quant.report_page import add_evaluation
+
+    try:
+        page = add_evaluation(model, measured)
+    except (OSError, ValueError) as error:
+        print(f"note: the result is not kept in the report: {error}", file=sys.stderr)
         return
-    print(protocol(facts, result))
-    print(result.summary())
+    if page:
+        print(f"report: {page}", file=sys.stderr)

@@ -90,9 +90,7 @@ def quantize(
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
     count, length = windows[distributed.share(len(windows), 0)].shape  # of one process
     job = Job(llama, config, count, length, weight_bytes(reader), _storage(hidden, spill))
-    beside = getattr(solver_options, "needs_float", False)
-    products = getattr(solver_options, "extra_products", 0)
-    job = replace(job, beside=beside, extra_products=products)
+    job = replace(job, beside=getattr(solver_options, "target", 0) > 0)
     if max_memory is not None:
         job = fit_memory(job, parse_size(max_memory), output.absolute().parent)
     forecast = distributed.from_first(lambda: _forecast(job, output))
@@ -190,6 +188,7 @@ def _run(
     from quant.partial import partial_path
     from quant.pipeline import quantize_checkpoint
     from quant.progress import StepPrinter
+    from quant.report_page import FILE_NAME as PAGE
 
     try:
         with StepPrinter() as printer:
@@ -209,4 +208,5 @@ def _run(
     remember(output)
     print(report.summary())
     print(report.against_forecast())
+    print(f"report: {output / PAGE}")
     print(f"checkpoint: {output}")

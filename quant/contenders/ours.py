@@ -21,5 +21,10 @@ def build(
         raise ImportError("the native library is not built")
     packed = cpu.pack(qt)
     size = sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
-    all_packed = [packed, *({k: v.clone() for k, v in packed.items()} for _ in range(copies - 1))]
+    all_packed = [packed, *(_copy(packed) for _ in range(copies - 1))]
     return [partial(cpu.matmul, packed=p, precision=mode) for p in all_packed], size
+
+
+def _copy(packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In memory of the kind that `pack` takes."""
+    return {name: cpu.in_large_pages(tensor.clone()) for name, tensor in packed.items()}

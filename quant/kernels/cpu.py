@@ -56,7 +56,7 @@ def pack(qt: QuantizedTensor) -> dict[str, Tensor]:
     gather = _columns(qt, groups)
     codes = torch.nn.functional.pad(qt.codes, (0, 1))[:, gather]  # column -1 holds zeros
     packed = {
-        "codes": _in_large_pages(_pack_codes(_pad_rows(codes), 8 if qt.bits == 8 else 4)),
+        "codes": in_large_pages(_pack_codes(_pad_rows(codes), 8 if qt.bits == 8 else 4)),
         "scales": _tiles(_pad_rows(qt.grid.scales).to(torch.float16)),
         "zeros": _tiles(_pad_rows(qt.grid.zeros)),
         "extent": torch.empty(out_features, in_features, 0),
@@ -101,7 +101,7 @@ def _pack_codes(codes: Tensor, bits: int) -> Tensor:
     return lines.transpose(1, 2).flatten(2).contiguous()
 
 
-def _in_large_pages(codes: Tensor) -> Tensor:
+def in_large_pages(codes: Tensor) -> Tensor:
     """A copy in fresh memory with large pages, which is read faster than small ones; the tensor
     itself where it is small or the system has none.
     """
@@ -145,8 +145,10 @@ class _Plan:
         self.codes = weakref.ref(codes, _forget(id(codes)))
         self.scales, self.zeros, self.extent, self.gather = scales, zeros, extent, gather
         self.pointers = codes.data_ptr(), scales.data_ptr(), zeros.data_ptr()
-        self.columns = None if gather is None else gather.data_ptr()
-        self.weight, self.n, self.k = ctypes.byref(weight), extent.shape[0], extent.shape[1]
+        self.n, self.k = extent.shape[0], extent.shape[1]
+        # As the library takes them: ctypes need not convert them at every call.
+        self.weight, self.stride = ctypes.byref(weight), ctypes.c_int64(self.k)
+        self.columns = ctypes.c_void_p(None if gather is None else gather.data_ptr())
 
     def holds(
         self, codes: Tensor, scales: Tensor, zeros: Tensor, extent: Tensor, gather: Tensor | None
@@ -207,24 +209,22 @@ def _matmul(
     plan = _PLANS.get(id(codes))
     if plan is None or not plan.holds(codes, scales, zeros, extent, gather):
         plan = _PLANS[id(codes)] = _Plan(codes, scales, zeros, extent, gather)
-    shape, n, k = x.shape, plan.n, plan.k
-    if shape[-1] != k or x.dtype not in _FLOATS or not x.is_cpu:
+    *outer, k = x.shape
+    if k != plan.k or x.dtype not in _FLOATS or not x.is_cpu:
         raise ValueError(
-            f"x of shape {tuple(shape)}, {x.dtype}, on {x.device}: expected (..., {k}) floats on "
-            "the CPU"
+            f"x of shape {tuple(x.shape)}, {x.dtype}, on {x.device}: expected (..., {plan.k}) "
+            "floats on the CPU"
         )
-    rows, stride = x, k
+    rows, stride = x, plan.stride
     if x.dtype is not torch.float32 or not x.is_contiguous():
         rows = x.float().reshape(-1, k)
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        stride = rows.stride(0)
-    m = rows.numel() // k
-    y = torch.empty(m, n)
+        stride = ctypes.c_int64(rows.stride(0))
+    m, y = x.numel() // k, torch.empty(*outer, plan.n)
     multiply = library().kern_matmul  # type: ignore[union-attr]
     if multiply(precision, plan.weight, rows.data_ptr(), stride, plan.columns, m, y.data_ptr()):
         raise MemoryError(f"no memory for the activations of {m} rows")
-    y = y if x.dtype is torch.float32 else y.to(x.dtype)
-    return y if len(shape) == 2 else y.view(*shape[:-1], n)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
 _LIBRARY = torch.library.Library("llama_gptq", "DEF")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from quant.llama.cache import KVCache
 from quant.llama.config import LlamaConfig
 from quant.llama.positions import rotary_of_rows, rotate, visible
+from quant.native import products
 
 # Linears that share an input stand together: they share one Hessian and are solved as one stack.
 LINEAR_GROUPS = (
@@ -34,18 +35,26 @@ LINEAR_GROUPS = (
 MERGED_NAMES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 
+def _random(rows: int, columns: int, std: float) -> Tensor:
+    """A normal matrix. On the meta device, where there is nothing to fill, filling would import
+    torch's compiler: two seconds and 80 MB.
+    """
+    matrix = torch.empty(rows, columns)
+    return matrix if matrix.is_meta else matrix.normal_(0, std)
+
+
 class Linear(nn.Module):
     """y = x W^T + b with W in its storage dtype and the product in x's dtype."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.randn(out_features, in_features) * in_features**-0.5)
+        self.weight = nn.Parameter(_random(out_features, in_features, in_features**-0.5))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return products.linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):
@@ -153,7 +162,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        sizes = config.vocab_size, config.hidden_size
+        self.embed_tokens = nn.Embedding(*sizes, _weight=_random(*sizes, 1.0))
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

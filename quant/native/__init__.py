@@ -59,6 +59,8 @@ def library() -> ctypes.CDLL | None:
         *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
     ]
     kern.kern_round_block.argtypes = [ctypes.c_void_p]
+    kern.kern_fit_scales.argtypes = [ctypes.c_void_p]
+    kern.kern_multiply.argtypes = [ctypes.c_void_p]
     kern.kern_use_pool(torch_pool(), torch.get_num_threads())
     forced = os.environ.get("LLAMA_GPTQ_ISA")
     if forced and kern.kern_select(forced.encode()):

@@ -1,6 +1,7 @@
 /* AVX-512 (F, BW, DQ, VL) with VNNI: a line is one register. */
 #include "kern.h"
 #include "quantize.h"
+#include "search.h"
 #include "solve.h"
 
 #include <immintrin.h>
@@ -9,7 +10,9 @@
 #define TILE_ROWS_FAST 8
 #define TILE_ROWS_EXACT 8
 #define PANEL_ROWS 12
+#define PANEL_ROWS_CODES 6
 #define PANEL_TILES 2
+#define CASES_CODES CASES8
 #define CASES_FAST CASES8
 #define CASES_EXACT CASES8
 #define CASES_PANEL(call) CASES8(call) CASE(9, call) CASE(10, call) CASE(11, call) CASE(12, call)
@@ -21,6 +24,7 @@ typedef __m512 vf;
 
 OP void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 OP vi load(const void *p) { return _mm512_loadu_si512(p); }
+OP void store(void *p, vi a) { _mm512_storeu_si512(p, a); }
 OP vf set1_f(float x) { return _mm512_set1_ps(x); }
 OP vi zero_i(void) { return _mm512_setzero_si512(); }
 OP vf zero_f(void) { return _mm512_setzero_ps(); }

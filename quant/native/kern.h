@@ -30,7 +30,7 @@ typedef struct {
  * inputs. A block of rows stands together, word by word: word i of its row r is
  * words[i * rows + r], so that a kernel reads all its rows in one stream; scales and sums likewise.
  * Rows before `row` take row * (words of a row) words, whatever their blocks.
- * Floats are mixed as the instruction set's tiles want them (mix_inputs), for panels they are plain.
+ * Floats are mixed as the tiles want them (mix_inputs), or plain for panels.
  * int16 inputs are permuted within each 8 to 0 2 4 6 1 3 5 7, the order in which shifting a line
  * gives its codes. */
 typedef struct {
@@ -40,38 +40,73 @@ typedef struct {
     int64_t block;       /* inputs per scale */
 } kern_input;
 
+/* The inputs start..end-1 of some tiles, unpacked for many rows: for each word of activations, the
+ * codes (or in EXACT the weights, as floats) of one output after another. */
+typedef struct {
+    const kern_weight *w;
+    int64_t tile, start, end;
+    int tiles; /* at most panel_tiles; words are 16 * panel_tiles apart whatever it is */
+    uint32_t *words;
+} kern_panel;
+
 /* One block of columns of a weight that GPTQ rounds; matrices (columns, rows), rows contiguous. */
 #define SOLVE_MOST_COLUMNS 256
 typedef struct {
     const float *values;         /* the weight with the errors of all earlier blocks */
     const float *original;       /* the weight itself */
     const float *ratio;          /* (columns, columns): [j][i] weighs the error of i < j in j */
-    const float *scales, *zeros; /* of each weight */
+    const float *judged;         /* (2, columns): s, d of the loss */
+    const float *scales, *zeros; /* (groups, rows) */
+    const int64_t *groups;       /* of each column */
     uint8_t *codes;              /* out */
     float *errors;               /* out: original - scale * (code - zero) */
+    float *losses;               /* out, of each row: sum of s (v - q)^2 - d error^2 */
     int64_t columns, rows;
     float max_code;
 } kern_block;
 
+/* The search for the scales and zeros of least weighted error, see search.h. */
+typedef struct {
+    const float *weights, *importance; /* (rows, columns), (columns) */
+    const float *coarse, *fine;        /* fractions of the scale to try */
+    float *scales, *zeros;             /* (rows, columns / width): the start in, the best out */
+    int64_t rows, columns, width, coarse_count, fine_count;
+    int32_t shift; /* how far zeros may move */
+    float max_code;
+} kern_search;
+
+/* out (m, n) = alpha A^T B for A (k, m), B (k, n) in float32; out's rows are contiguous. */
+typedef struct {
+    const float *a, *b;
+    float *out;
+    int64_t m, n, k;
+    int64_t a_row, a_column, b_row, b_column, out_row; /* distances between neighbours, in floats */
+    float alpha;
+    int32_t add;   /* to what out holds */
+    int32_t upper; /* only where column >= row must be right; m = n */
+} kern_product;
+
 /* One instruction set. `tile` takes blocks of tile_rows[precision] rows, `multiply` panel_rows; the
- * last block may have fewer. */
+ * last block may have fewer. Where panel_rows are 0 there are no panels. */
 typedef struct {
     const char *name;
-    int tile_rows[3], panel_rows, panel_tiles;
+    int tile_rows[3], panel_rows[3], panel_tiles;
     /* One row of floats -> its place in a block of `rows` rows; gather as in kern_matmul. */
     void (*prepare)(int precision, const kern_weight *w, const float *x, const int32_t *gather,
                     int64_t block, int rows, uint32_t *words, float *scales, float *sums);
     /* out (rows, 16) = a block of rows of x times one tile. */
     void (*tile)(int precision, int rows, const kern_weight *w, int64_t tile, const kern_input *x,
                  int64_t row, float *out);
-    /* The inputs start..end-1 of a tile as floats, (end - start, 16), `width` apart. */
-    void (*panel)(const kern_weight *w, int64_t tile, int64_t start, int64_t end, int width,
-                  float *panel);
-    /* out (rows, width) += x (count, rows) transposed times a panel (count, width), which is
-     * panel_tiles wide. */
-    void (*multiply)(int rows, const float *x, const float *panel, int64_t count, float *out);
+    /* Fill in a panel's words. */
+    void (*unpack)(int precision, const kern_panel *p);
+    /* totals (rows, 16 * panel_tiles) += a block of rows of x times a panel. In an integer
+     * precision `open`, of the same shape, holds the sums of a group that panels share. */
+    void (*multiply)(int precision, int rows, const kern_panel *p, const kern_input *x, int64_t row,
+                     float *totals, float *open);
     /* GPTQ's loop for rows begin..end-1, at most 32. */
     void (*round_rows)(const kern_block *b, int64_t begin, int64_t end);
+    /* The grids of one row. */
+    void (*search_row)(const kern_search *s, int64_t row);
 } kern_isa;
 
 extern const kern_isa kern_scalar, kern_avx2, kern_avxvnni, kern_avx512, kern_neon;
@@ -103,5 +138,10 @@ KERN_API int kern_matmul(int precision, const kern_weight *w, const float *x, in
 
 /* Round one block of columns. 0, or -1 where it has more than SOLVE_MOST_COLUMNS. */
 KERN_API int kern_round_block(const kern_block *b);
+
+KERN_API void kern_fit_scales(const kern_search *s);
+
+/* 0, or -1 when memory is short, or where there are no panels. */
+KERN_API int kern_multiply(const kern_product *p);
 
 #endif

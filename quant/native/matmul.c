@@ -7,11 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PANEL_K 256            /* inputs of a panel: 16 KB, half of the first cache */
+#define PANEL_WORDS 256        /* of an output: 16 KB a tile, half of the first cache */
 #define PANEL_TILES 8          /* tiles whose sums stay in the second cache */
 #define PANEL_ROWS 264         /* rows whose inputs of a panel stay there too */
 #define ROWS_BYTES (256 << 10) /* activations that stay in the second cache */
-#define EXACT_TILE_ROWS 8      /* up to here exact goes by tile, above by panel */
 #define SERIAL_WORK (1 << 16)  /* products that are not worth a second thread */
 #define MOST_ROWS 16           /* of a block */
 #define MOST_PANEL_TILES 2
@@ -29,11 +28,18 @@ typedef struct {
     float *y;
 } job;
 
+/* From more rows on, unpacking the codes once is worth its time. */
+static int64_t most_tile_rows(int precision, int bits) {
+    return bits == 8 ? 4 : precision == EXACT ? 8 : precision == HIGH ? 32 : 64;
+}
+
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static int64_t words_of(const job *j) {
-    return j->precision == EXACT ? j->w->k : j->w->k / (j->precision == FAST ? 4 : 2);
+static int inputs_of_a_word(const job *j) {
+    return j->precision == EXACT ? 1 : j->precision == HIGH ? 2 : 4;
 }
+
+static int64_t words_of(const job *j) { return j->w->k / inputs_of_a_word(j); }
 
 /* The blocks of rows begin..end-1 as words. */
 static void prepare(int64_t begin, int64_t end, void *context) {
@@ -42,19 +48,18 @@ static void prepare(int64_t begin, int64_t end, void *context) {
     for (int64_t row = begin * j->most; row < least(end * j->most, j->m); row++) {
         const int64_t first = row / j->most * j->most;
         const int rows = (int)least(j->most, j->m - first);
-        j->isa->prepare(j->by_panel ? PLAIN : j->precision, j->w, j->x + row * j->ldx, j->gather, j->input.block, rows,
+        j->isa->prepare(j->by_panel && j->precision == EXACT ? PLAIN : j->precision, j->w,
+                        j->x + row * j->ldx, j->gather, j->input.block, rows,
                         j->words + first * words_of(j) + (row - first),
                         j->scales + first * blocks + (row - first),
                         j->sums + first * groups + (row - first));
     }
 }
 
-/* Copy the outputs of tiles tile..end-1 that exist; out (rows, width). */
-static void put(const job *j, int64_t tile, int64_t end, int64_t row, int64_t rows, int width,
-                const float *out) {
+/* Copy the outputs of a row in tiles tile..end-1 that exist. */
+static void put(const job *j, int64_t tile, int64_t end, int64_t row, const float *out) {
     int64_t count = least(end * TILE, j->w->n) - tile * TILE;
-    for (int64_t r = 0; r < rows; r++)
-        memcpy(j->y + (row + r) * j->w->n + tile * TILE, out + r * width, count * sizeof(float));
+    memcpy(j->y + row * j->w->n + tile * TILE, out, count * sizeof(float));
 }
 
 static void tiles(int64_t begin, int64_t end, void *context) {
@@ -67,39 +72,50 @@ static void tiles(int64_t begin, int64_t end, void *context) {
             for (int64_t row = start; row < least(start + step, j->m); row += j->most) {
                 int rows = (int)least(j->most, j->m - row);
                 j->isa->tile(j->precision, rows, j->w, tile, &j->input, row, out);
-                put(j, tile, tile + 1, row, rows, TILE, out);
+                for (int r = 0; r < rows; r++) put(j, tile, tile + 1, row + r, out + r * TILE);
             }
 }
 
-/* sums (rows first..last-1, width) += their inputs start..end-1 times some tiles as floats. */
-static void add_panel(const job *j, int64_t tile, int64_t tiles, int64_t start, int64_t end,
-                      int64_t first, int64_t last, float *sums) {
-    const float *x = (const float *)j->input.words;
+/* totals (rows first..last-1, width) += their inputs of one panel times its tiles. */
+static void add_panel(const job *j, const kern_panel *p, int64_t first, int64_t last, float *totals,
+                      float *open) {
     const int width = j->isa->panel_tiles * TILE;
-    float panel[PANEL_K * MOST_PANEL_TILES * TILE];
-    if (tiles < j->isa->panel_tiles) memset(panel, 0, sizeof panel);
-    for (int64_t t = 0; t < tiles; t++)
-        j->isa->panel(j->w, tile + t, start, end, width, panel + t * TILE);
+    j->isa->unpack(j->precision, p);
     for (int64_t row = first; row < last; row += j->most) {
-        int rows = (int)least(j->most, last - row);
-        j->isa->multiply(rows, x + row * j->w->k + start * rows, panel, end - start,
-                         sums + (row - first) * width);
+        int64_t at = (row - first) * width;
+        j->isa->multiply(j->precision, (int)least(j->most, last - row), p, &j->input, row,
+                         totals + at, open + at);
     }
+}
+
+/* The outputs of tiles begin..end-1 for some rows. */
+static void put_rows(const job *j, int64_t begin, int64_t end, int64_t first, int64_t last,
+                     const float *totals) {
+    const int wide = j->isa->panel_tiles;
+    for (int64_t row = first; row < last; row++)
+        for (int64_t t = begin; t < end; t += wide)
+            put(j, t, least(t + wide, end), row,
+                totals + ((t - begin) * PANEL_ROWS + (row - first) * wide) * TILE);
 }
 
 /* Tiles begin..end-1 for some rows, whose sums stay in cache from one panel of inputs to the next.
  */
-static void panel_block(const job *j, int64_t begin, int64_t end, int64_t row, int64_t last) {
-    const int wide = j->isa->panel_tiles, width = wide * TILE;
-    float sums[PANEL_TILES * TILE * PANEL_ROWS];
-    memset(sums, 0, sizeof sums);
-    for (int64_t k = 0; k < j->w->k; k += PANEL_K)
-        for (int64_t t = begin; t < end; t += wide)
-            add_panel(j, t, least(wide, end - t), k, least(k + PANEL_K, j->w->k), row, last,
-                      sums + (t - begin) * TILE * PANEL_ROWS);
-    for (int64_t t = begin; t < end; t += wide)
-        put(j, t, least(t + wide, end), row, last - row, width,
-            sums + (t - begin) * TILE * PANEL_ROWS);
+static void panel_block(const job *j, int64_t begin, int64_t end, int64_t first, int64_t last) {
+    enum { SUMS = PANEL_TILES * TILE * PANEL_ROWS };
+    const int wide = j->isa->panel_tiles;
+    const int64_t inputs = PANEL_WORDS * inputs_of_a_word(j);
+    const int64_t step = inputs / j->input.block * j->input.block;
+    _Alignas(LINE) uint32_t words[PANEL_WORDS * MOST_PANEL_TILES * TILE];
+    _Alignas(LINE) float totals[SUMS], open[SUMS];
+    memset(totals, 0, sizeof totals);
+    if (end - begin < wide) memset(words, 0, sizeof words);
+    for (int64_t k = 0; k < j->w->k; k += step)
+        for (int64_t t = begin; t < end; t += wide) {
+            kern_panel p = {j->w, t, k, least(k + step, j->w->k), (int)least(wide, end - t), words};
+            int64_t at = (t - begin) * TILE * PANEL_ROWS;
+            add_panel(j, &p, first, last, totals + at, open + at);
+        }
+    put_rows(j, begin, end, first, last, totals);
 }
 
 static void panels(int64_t begin, int64_t end, void *context) {
@@ -140,14 +156,16 @@ int kern_matmul(int precision, const kern_weight *w, const float *x, int64_t ldx
     if (w->bits == 8 && precision == FAST) precision = HIGH; /* products of bytes would saturate */
     job j = {.isa = kern_active(),
              .precision = precision,
-             .by_panel = precision == EXACT && m > EXACT_TILE_ROWS,
              .w = w,
              .x = x,
              .ldx = ldx,
              .m = m,
              .gather = gather,
              .y = y};
-    j.most = j.by_panel ? j.isa->panel_rows : w->bits == 8 ? 1 : j.isa->tile_rows[precision];
+    j.by_panel = j.isa->panel_rows[precision] && m > most_tile_rows(precision, w->bits);
+    j.most = j.by_panel     ? j.isa->panel_rows[precision]
+             : w->bits == 8 ? 1
+                            : j.isa->tile_rows[precision];
     j.input.block = block_of(precision, w->group);
     void *room = make_room(&j);
     if (!room) return -1;

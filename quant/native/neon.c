@@ -1,6 +1,7 @@
 /* NEON with the dot product extension (ARMv8.2). */
 #include "kern.h"
 #include "quantize.h"
+#include "search.h"
 #include "solve.h"
 
 #include <arm_neon.h>
@@ -9,7 +10,9 @@
 #define TILE_ROWS_FAST 4
 #define TILE_ROWS_EXACT 4
 #define PANEL_ROWS 4
+#define PANEL_ROWS_CODES 4
 #define PANEL_TILES 1
+#define CASES_CODES CASES4
 #define CASES_FAST CASES4
 #define CASES_EXACT CASES4
 #define CASES_PANEL CASES4
@@ -21,6 +24,7 @@ typedef float32x4_t vf;
 
 OP void prefetch(const void *p) { __builtin_prefetch(p); }
 OP vi load(const void *p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+OP void store(void *p, vi a) { vst1q_s32(p, a); }
 OP vf set1_f(float x) { return vdupq_n_f32(x); }
 OP vi zero_i(void) { return vdupq_n_s32(0); }
 OP vf zero_f(void) { return vdupq_n_f32(0); }

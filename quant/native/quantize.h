@@ -10,8 +10,11 @@
 
 #define MOST_BLOCK 256
 
-/* Integers of one block; returns its scale. */
-static float quantize_block(const float *x, int64_t block, float top, int32_t *q) {
+/* Lengths are constants where this is inlined with one: then loops need no remainder. */
+#define INLINED static inline __attribute__((always_inline))
+
+/* Integers of one block, and their sum; returns its scale. */
+INLINED float quantize_block(const float *x, int64_t block, float top, int32_t *q, int32_t *total) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer */
     int32_t most = 0;
     for (int64_t i = 0; i < block; i++) {
@@ -24,14 +27,17 @@ static float quantize_block(const float *x, int64_t block, float top, int32_t *q
     memcpy(&largest, &most, 4);
     int finite = most < 0x7f800000, empty = largest < 0x1p-100f;
     float inverse = finite && !empty ? top / largest : 0.0f;
+    int32_t mask = finite ? -1 : 0, sum = 0;
     for (int64_t i = 0; i < block; i++) {
         float rounded = (x[i] * inverse + magic) - magic;
-        q[i] = finite ? (int32_t)rounded : 0;
+        q[i] = (int32_t)rounded & mask;
+        sum += q[i];
     }
+    *total = sum;
     return !finite ? NAN : empty ? 0.0f : largest / top;
 }
 
-static void put_words(const void *from, int64_t count, int rows, uint32_t *words) {
+INLINED void put_words(const void *from, int64_t count, int rows, uint32_t *words) {
     if (rows == 1) {
         memcpy(words, from, count * 4);
         return;
@@ -39,13 +45,13 @@ static void put_words(const void *from, int64_t count, int rows, uint32_t *words
     for (int64_t i = 0; i < count; i++) memcpy(words + i * rows, (const char *)from + 4 * i, 4);
 }
 
-static void put_int8(const int32_t *q, int64_t block, int rows, uint32_t *words) {
+INLINED void put_int8(const int32_t *q, int64_t block, int rows, uint32_t *words) {
     int8_t bytes[MOST_BLOCK];
     for (int64_t i = 0; i < block; i++) bytes[i] = (int8_t)q[i];
     put_words(bytes, block / 4, rows, words);
 }
 
-static void put_int16(const int32_t *q, int64_t block, int rows, uint32_t *words) {
+INLINED void put_int16(const int32_t *q, int64_t block, int rows, uint32_t *words) {
     int16_t values[MOST_BLOCK];
     for (int64_t i = 0; i < block; i += 8)
         for (int j = 0; j < 4; j++) {
@@ -70,8 +76,9 @@ static const float *mix_inputs(const float *x, int64_t count, float *mixed) {
     return mixed;
 }
 
-static void prepare_row(int precision, const kern_weight *w, const float *x, const int32_t *gather,
-                        int64_t block, int rows, uint32_t *words, float *scales, float *sums) {
+INLINED void prepare_blocks(int precision, const kern_weight *w, const float *x,
+                            const int32_t *gather, int64_t block, int rows, uint32_t *words,
+                            float *scales, float *sums) {
     float picked[MOST_BLOCK], mixed[MOST_BLOCK];
     int32_t q[MOST_BLOCK];
     for (int64_t k = 0; k < w->k; k += block) {
@@ -81,9 +88,9 @@ static void prepare_row(int precision, const kern_weight *w, const float *x, con
             put_words(values, block, rows, words + k * rows);
             continue;
         }
-        float scale = quantize_block(values, block, precision == FAST ? 127.0f : 32767.0f, q);
-        int32_t total = 0;
-        for (int64_t i = 0; i < block; i++) total += q[i];
+        int32_t total;
+        float top = precision == FAST ? 127.0f : 32767.0f;
+        float scale = quantize_block(values, block, top, q, &total);
         if (precision == FAST)
             put_int8(q, block, rows, words + k / 4 * rows);
         else
@@ -92,4 +99,12 @@ static void prepare_row(int precision, const kern_weight *w, const float *x, con
         *sum = fmaf((float)total, scale, k % w->group ? *sum : 0.0f);
         scales[k / block * rows] = scale;
     }
+}
+
+static void prepare_row(int precision, const kern_weight *w, const float *x, const int32_t *gather,
+                        int64_t block, int rows, uint32_t *words, float *scales, float *sums) {
+    if (block == 32) /* all but int16 in long groups */
+        prepare_blocks(precision, w, x, gather, 32, rows, words, scales, sums);
+    else
+        prepare_blocks(HIGH, w, x, gather, block, rows, words, scales, sums);
 }

@@ -1,6 +1,7 @@
 /* Plain C that reads like the formula: the fallback, and what the other files are compared with. */
 #include "kern.h"
 #include "quantize.h"
+#include "search.h"
 #include "solve.h"
 
 static float half_to_float(uint16_t h) {
@@ -75,22 +76,6 @@ static void tile_rows(int precision, int rows, const kern_weight *w, int64_t til
                                     : integer_output(precision, rows, w, tile, x, row, r, c);
 }
 
-static void panel(const kern_weight *w, int64_t tile, int64_t start, int64_t end, int width,
-                  float *out) {
-    for (int64_t k = start; k < end; k++, out += width)
-        for (int c = 0; c < TILE; c++) {
-            int64_t p = place(w, tile, k, c);
-            out[c] = half_to_float(w->scales[p]) * (float)(code(w, tile, k, c) - zero(w, p));
-        }
-}
-
-static void multiply(int rows, const float *x, const float *panel, int64_t count, float *out) {
-    for (int64_t k = 0; k < count; k++)
-        for (int r = 0; r < rows; r++)
-            for (int c = 0; c < TILE; c++)
-                out[r * TILE + c] += x[k * rows + r] * panel[k * TILE + c];
-}
-
 /* Here float32 inputs stay as they are. */
 static void prepare(int precision, const kern_weight *w, const float *x, const int32_t *gather,
                     int64_t block, int rows, uint32_t *words, float *scales, float *sums) {
@@ -98,5 +83,12 @@ static void prepare(int precision, const kern_weight *w, const float *x, const i
     prepare_row(precision, w, x, gather, block, rows, words, scales, sums);
 }
 
-const kern_isa kern_scalar = {"scalar",  {4, 4, 4}, 4,        1,         prepare,
-                              tile_rows, panel,     multiply, round_rows};
+/* Without panels: any number of rows goes by tile. */
+const kern_isa kern_scalar = {
+    .name = "scalar",
+    .tile_rows = {4, 4, 4},
+    .prepare = prepare,
+    .tile = tile_rows,
+    .round_rows = round_rows,
+    .search_row = search_row,
+};

@@ -11,10 +11,11 @@
  *   dot8(acc, w, a)         acc + the 4 products of bytes; total8(acc) as 32-bit lanes
  *   dot16(acc, w, a)        acc + the 2 products of 16-bit values
  *   word(p)                 4 bytes at p in every lane; value(p) as a float
+ *   store(p, a)             the vector to any address
  *   add_i sub_i to_f fma_f add_f mul_f sub_f load_f store_f load_half(p) load_bytes(p)
  *
  * `rows` is a constant in every call, so that accumulators are registers. */
-#define AHEAD 2048 /* bytes of weights to prefetch */
+#define AHEAD 8192 /* bytes of weights to prefetch: more than two threads of a fast memory have in flight */
 #define VECTORS (TILE / LANES)
 #define INLINE static inline __attribute__((always_inline))
 /* Unrolled early, so that arrays of vectors become registers. */
@@ -171,7 +172,7 @@ INLINE void exact_line_8bit(const uint8_t *line, const vi *zeros, const float *v
 /* out (rows, 16) in float32; several partial sums, since one chain of additions is slow. */
 INLINE void exact_tile(int rows, int bits, const kern_weight *w, int64_t tile, const kern_input *x,
                        int64_t row, float *out) {
-    const int per_line = 32 / bits;
+    const int per_line = 32 / bits, lines = rows == 1 ? 4 : 1; /* at a time */
     const uint8_t *line = w->codes + tile * w->k * TILE * bits / 8;
     const float *values = (const float *)x->words + row * w->k;
     const int chains = rows * VECTORS >= 8 ? 1 : rows * VECTORS >= 4 ? 2 : 4;
@@ -183,13 +184,16 @@ INLINE void exact_tile(int rows, int bits, const kern_weight *w, int64_t tile, c
         EACH(v, VECTORS) zeros[v] = repeat(grid.zero[v], bits == 8 ? 1 : 0x01010101);
         vf parts[TILE_ROWS_EXACT][VECTORS][4];
         EACH(r, rows) EACH(v, VECTORS) EACH(c, 4) parts[r][v][c] = zero_f();
-        for (int64_t k = 0; k < w->group; k += per_line, line += LINE, values += per_line * rows) {
-            prefetch(line + AHEAD);
-            if (bits == 8)
-                exact_line_8bit(line, zeros, values, parts);
-            else
-                exact_line(rows, chains, line, zeros, values, parts);
-        }
+        for (int64_t k = 0; k < w->group; k += lines * per_line)
+            EACH(l, lines) {
+                prefetch(line + AHEAD);
+                if (bits == 8)
+                    exact_line_8bit(line, zeros, values, parts);
+                else
+                    exact_line(rows, chains, line, zeros, values, parts);
+                line += LINE;
+                values += per_line * rows;
+            }
         EACH(r, rows) EACH(v, VECTORS) {
             for (int c = 1; c < 4; c++) parts[r][v][0] = add_f(parts[r][v][0], parts[r][v][c]);
             vf scale = mul_f(grid.scale[v], set1_f(bits == 8 ? 1.0f : 0x1p-24f));
@@ -248,56 +252,18 @@ static void tile_rows(int precision, int rows, const kern_weight *w, int64_t til
         tile_fast(rows, w, tile, x, row, out);
 }
 
-INLINE void panel_of(int bits, const kern_weight *w, int64_t tile, int64_t start, int64_t end,
-                     int width, float *out) {
-    const int per_line = 32 / bits;
-    const uint8_t *line = w->codes + (tile * w->k + start) * TILE * bits / 8;
-    for (int64_t k = start; k < end; out += per_line * width, k += per_line, line += LINE) {
-        group_grid grid = load_grid(w, tile, k / w->group);
-        EACH(v, VECTORS) {
-            vi raw = load(PART(line, v));
-            EACH(i, per_line) {
-                /* nibbles 0..7 of a lane are inputs 0 4 1 5 2 6 3 7 */
-                const int input = bits == 8 ? i : 0x73625140 >> 4 * i & 7;
-                vf code = to_f(field(raw, bits * i, (1 << bits) - 1));
-                vf weight = mul_f(sub_f(code, grid.zero[v]), grid.scale[v]);
-                store_f(out + input * width + v * LANES, weight);
-            }
-        }
+#include "panel.h"
+
+#define KERNELS(name_)                                                                             \
+    {                                                                                              \
+        .name = name_,                                                                             \
+        .tile_rows = {TILE_ROWS_EXACT, TILE_ROWS_FAST, TILE_ROWS_FAST},                            \
+        .panel_rows = {PANEL_ROWS, PANEL_ROWS_CODES, PANEL_ROWS_CODES},                            \
+        .panel_tiles = PANEL_TILES,                                                                \
+        .prepare = prepare_row,                                                                    \
+        .tile = tile_rows,                                                                         \
+        .unpack = unpack,                                                                          \
+        .multiply = multiply,                                                                      \
+        .round_rows = round_rows,                                                                  \
+        .search_row = search_row,                                                                  \
     }
-}
-
-static void panel(const kern_weight *w, int64_t tile, int64_t start, int64_t end, int width,
-                  float *out) {
-    if (w->bits == 8)
-        panel_of(8, w, tile, start, end, width, out);
-    else
-        panel_of(4, w, tile, start, end, width, out);
-}
-
-INLINE void multiply_rows(int rows, const float *x, const float *panel, int64_t count, float *out) {
-    enum { WIDE = VECTORS * PANEL_TILES };
-    vf sums[PANEL_ROWS][WIDE];
-    EACH(r, rows) EACH(v, WIDE) sums[r][v] = load_f(out + (r * WIDE + v) * LANES);
-    for (int64_t k = 0; k < count; k++, panel += WIDE * LANES, x += rows) {
-        vf weights[WIDE];
-        EACH(v, WIDE) weights[v] = load_f(panel + v * LANES);
-        EACH(r, rows) {
-            vf input = value(x + r);
-            EACH(v, WIDE) sums[r][v] = fma_f(weights[v], input, sums[r][v]);
-        }
-    }
-    EACH(r, rows) EACH(v, WIDE) store_f(out + (r * WIDE + v) * LANES, sums[r][v]);
-}
-
-static void multiply(int rows, const float *x, const float *panel, int64_t count, float *out) {
-#define CALL(n) multiply_rows(n, x, panel, count, out)
-    switch (rows) { CASES_PANEL(CALL) }
-#undef CALL
-}
-
-#define KERNELS(name)                                                                              \
-    {name,        {TILE_ROWS_EXACT, TILE_ROWS_FAST, TILE_ROWS_FAST},                               \
-     PANEL_ROWS,  PANEL_TILES,                                                                     \
-     prepare_row, tile_rows,                                                                       \
-     panel,       multiply,  round_rows}

@@ -1,6 +1,7 @@
 /* The vector operations of tile.h on 256 bits: AVX2, FMA and F16C; with VNNI its dot products. */
 #include "kern.h"
 #include "quantize.h"
+#include "search.h"
 #include "solve.h"
 
 #include <immintrin.h>
@@ -9,7 +10,9 @@
 #define TILE_ROWS_FAST 4
 #define TILE_ROWS_EXACT 4
 #define PANEL_ROWS 6
+#define PANEL_ROWS_CODES 4
 #define PANEL_TILES 1
+#define CASES_CODES CASES4
 #define CASES_FAST CASES4
 #define CASES_EXACT CASES4
 #define CASES_PANEL(call) CASES4(call) CASE(5, call) CASE(6, call)
@@ -22,6 +25,7 @@ typedef __m256 vf;
 
 OP void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 OP vi load(const void *p) { return _mm256_loadu_si256((const vi *)p); }
+OP void store(void *p, vi a) { _mm256_storeu_si256((vi *)p, a); }
 OP vf set1_f(float x) { return _mm256_set1_ps(x); }
 OP vi zero_i(void) { return _mm256_setzero_si256(); }
 OP vf zero_f(void) { return _mm256_setzero_ps(); }

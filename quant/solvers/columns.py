@@ -3,7 +3,9 @@
 Column j receives the errors of the columns before it and is rounded:
 
     v_j = values_j + sum over i < j of errors_i ratio_ij ,
-    code_j = nearest code to v_j ,   errors_j = original_j - scale_j (code_j - zero_j)
+    code_j = nearest code to v_j ,   q_j = scale_j (code_j - zero_j) ,   errors_j = original_j - q_j
+
+and what that loses is s_j (v_j - q_j)^2 - d_j errors_j^2.
 """
 
 from __future__ import annotations
@@ -11,34 +13,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant.grid import Grid
 from quant.native import solving
 
 
+def by_column(grid: Grid, order: Tensor) -> solving.Grids:
+    """A grid of groups of consecutive columns, for columns in the given order."""
+    groups = order // (len(order) // grid.scales.shape[1])
+    scales, zeros = grid.scales.T.contiguous(), grid.zeros.T.float().contiguous()
+    return solving.Grids(scales, zeros, groups, grid.max_code)
+
+
 def round_block(
-    values: Tensor, original: Tensor, ratio: Tensor, scales: Tensor, zeros: Tensor, max_code: int
+    block: solving.Block, grids: solving.Grids, errors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Round the columns of a block in turn, compiled where that is possible.
 
     Args:
-        values, original, scales, zeros: (block, out).
-        ratio: (block, block); what stands on and below the diagonal is not read.
+        errors: (columns, rows), filled with w - q.
 
     Returns:
-        Codes uint8 and errors, (block, out).
+        Codes (columns, rows) uint8, and the energy each row loses.
     """
-    rounding = solving.round_block if solving.can_round(values) else _in_torch
-    return rounding(values, original, ratio, scales, zeros, max_code)
+    rounding = solving.round_block if solving.can_round(block) else _in_torch
+    return rounding(block, grids, errors)
 
 
-def _in_torch(
-    values: Tensor, original: Tensor, ratio: Tensor, scales: Tensor, zeros: Tensor, max_code: int
-) -> tuple[Tensor, Tensor]:
-    """What native/solve.h does."""
-    codes, errors = values.clone(), torch.empty_like(values)
-    for j in range(len(values)):
-        code = codes[j]
-        if j:
-            code.addmv_(errors[:j].T, ratio[:j, j])
-        code.mul_(1 / scales[j]).round_().add_(zeros[j]).clamp_(0, max_code)
-        torch.sub(code, zeros[j], out=errors[j]).mul_(scales[j]).neg_().add_(original[j])
-    return codes.to(torch.uint8), errors
+def _in_torch(block: solving.Block, grids: solving.Grids, errors: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the columns of one block in turn: what native/solve.h does.
+
+    Returns:
+        Codes (columns, rows) uint8, and the energy each row loses; fills `errors` with w - q.
+    """
+    codes, losses = block.values.clone(), torch.zeros_like(block.values[0])
+    for j, group in enumerate(grids.groups.tolist()):
+        scale, zero = grids.scales[group], grids.zeros[group]
+        value = codes[j].addmv_(errors[:j].T, block.ratio[:j, j]) if j else codes[j]
+        code = (value / scale).round_().add_(zero).clamp_(0, grids.max_code)
+        rounded = (code - zero) * scale
+        torch.sub(block.original[j], rounded, out=errors[j])
+        square, added = block.judged[:, j]
+        losses += square * (value - rounded) ** 2 - added * errors[j] ** 2
+        codes[j] = code
+    return codes.to(torch.uint8), losses

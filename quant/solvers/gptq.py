@@ -7,7 +7,8 @@ round is
     v_j = w_j + sum over k < j of (w_k - q_k) R_kj / R_jj ,      q_j = nearest grid value to v_j
 
 with the original w_k, and the loss it adds is (v_j - q_j)^2 R_jj^2. This is the classical method
-exactly: its upper factor of the inverse Hessian is U = R^-1.
+exactly: its upper factor of the inverse Hessian is U = R^-1. Where H was damped by d_j, so is that
+loss, and d_j (w_j - q_j)^2 is taken off again.
 
 Worked example: W = [0.4, 0.4], H = [[2, 1], [1, 1]], scale 1. Then R = [[1, 1], [0, 1]]. Column 0:
 v = 0.4, q = 0, error 0.4. Column 1: v = 0.4 + 0.4 * 1 / 1 = 0.8, q = 1. Rounding gives [0, 0] with
@@ -26,14 +27,16 @@ from torch import Tensor
 
 from quant.config import QuantConfig
 from quant.grid import Grid, QuantizedTensor, fit_minmax
-from quant.solvers.columns import round_block
+from quant.native import solving
+from quant.native.products import add_product_
+from quant.solvers.columns import by_column, round_block
+from quant.solvers.factor import damped, factor
 from quant.solvers.loss import Solution
 from quant.solvers.refit import refit
 from quant.solvers.scale_search import fit_weighted
 from quant.solvers.sweeps import sweep
 
-_ROWS = 256  # of a matrix that are permuted at a time
-_SWAPPED = 1 << 20  # numbers that are reversed at a time
+_SPAN = 4  # blocks that share a product
 
 SCALES = ("minmax", "weighted", "signed")
 
@@ -51,7 +54,6 @@ class GPTQOptions:
             negative scales allowed in symmetric grids.
         target: how far to aim at the float model's outputs rather than at the weights, 0 to 1; 0
             is off. Used by the pipeline, see quant.solvers.target.
-        residual: the same of o_proj and down_proj and the float model's residual stream.
         sweeps: passes of coordinate descent over the finished codes, see quant.solvers.sweeps.
         refits: of these, how many begin with scales refit to the codes, see quant.solvers.refit.
     """
@@ -61,7 +63,6 @@ class GPTQOptions:
     block_size: int = 128
     scales: str = "weighted"
     target: float = 0.0
-    residual: float = 0.0
     sweeps: int = 0
     refits: int = 0
 
@@ -70,9 +71,8 @@ class GPTQOptions:
             raise ValueError(
                 f"scales {self.scales!r} is unknown; choose one of {', '.join(SCALES)}"
             )
-        for name in ("target", "residual"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)} is out of range; 0 <= {name} <= 1")
+        if not 0 <= self.target <= 1:
+            raise ValueError(f"target {self.target} is out of range; 0 <= target <= 1")
         if not 0 <= self.refits <= self.sweeps:
             raise ValueError(
                 f"refits {self.refits} and sweeps {self.sweeps} do not fit; 0 <= refits <= sweeps"
@@ -82,16 +82,6 @@ class GPTQOptions:
                 f"damp {self.damp} is out of range; it is a fraction of the mean diagonal, 0 <= "
                 "damp < 1"
             )
-
-    @property
-    def needs_float(self) -> bool:
-        """Whether the float model has to run beside the quantized one."""
-        return self.target > 0 or self.residual > 0
-
-    @property
-    def extra_products(self) -> int:
-        """Products with H that sweeps and refits make beyond plain GPTQ, for forecasts of time."""
-        return 2 * self.sweeps + 5 * self.refits
 
 
 EFFORTS = {"fast": GPTQOptions(), "balanced": GPTQOptions(target=0.5)}
@@ -110,18 +100,23 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpt
     Raises:
         ValueError: weight or Hessian is not finite.
     """
-    if not torch.isfinite(weight).all() or not torch.isfinite(hessian).all():
+    if not _is_finite(weight) or not _is_finite(hessian):
         raise ValueError("GPTQ: the weight or the Hessian is not finite")
     order = torch.arange(len(hessian), device=hessian.device)
     if options.act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     R, damp, notes = factor(hessian, order, options.damp)
     grid = _fit(weight, hessian, config, options)
-    codes = _round_columns(
-        weight, R, grid, order, config.width(weight.shape[1]), options.block_size
-    )
+    diagonal = hessian.diagonal()[order].double()
+    added = (damped(diagonal, damp) - diagonal).to(weight.dtype)
+    codes, losses = _round_columns(weight, R, grid, (order, added), options.block_size)
     tensor = _improve(weight, hessian, QuantizedTensor(codes, grid), options)
-    return Solution(tensor, damp, notes)
+    return Solution(tensor, damp, notes, None if options.sweeps else losses)
+
+
+def _is_finite(matrix: Tensor) -> bool:
+    """Whether there is no NaN and no infinity in it."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(matrix))).all())
 
 
 def _improve(
@@ -142,87 +137,40 @@ def _fit(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpti
     return fit_weighted(weight, hessian.diagonal(), config, signed=options.scales == "signed")
 
 
-def factor(hessian: Tensor, order: Tensor, damp: float) -> tuple[Tensor, float, tuple[str, ...]]:
-    """R upper triangular with R R^T = H + damp * mean(diag H) * I, H in the given order.
-
-    An input that is never active gets the mean diagonal: it is rounded and spreads nothing. If
-    float32 finds H not positive definite, float64 is tried, then ten times the damping, and so on.
-    The Cholesky factor L of the matrix with its rows and columns reversed is R reversed.
-
-    Returns:
-        R in H's dtype, the damping used, and a note for every departure.
-    """
-    notes: tuple[str, ...] = ()
-    diagonal = hessian.diagonal()[order]
-    dead = diagonal <= 0
-    diagonal = torch.where(dead, diagonal.mean().clamp(min=1e-12), diagonal)
-    if dead.any():
-        notes += (f"{int(dead.sum())} of {len(dead)} input channels are never active",)
-    mean = diagonal.double().mean()
-    backwards = order.flip(0)
-    while True:
-        for dtype in (hessian.dtype, torch.float64):
-            flipped = _gather(hessian, backwards, dtype)
-            damped = diagonal.flip(0).to(dtype) + (damp * mean).to(dtype)
-            flipped.diagonal().copy_(damped)
-            # Symmetric, so its transpose is the same matrix, in the layout LAPACK works in place.
-            info = torch.empty((), dtype=torch.int32, device=hessian.device)
-            torch.linalg.cholesky_ex(flipped.T, upper=True, out=(flipped.T, info))
-            if not info.item() and torch.isfinite(flipped.diagonal()).all():
-                _reverse_(flipped.view(-1))
-                return flipped.to(hessian.dtype), damp, notes
-            if dtype != torch.float64:
-                notes += (f"Cholesky failed in float32 at damping {damp:g}; retried in float64",)
-        damp = max(10 * damp, 1e-4)
-        notes += (f"Cholesky failed in float64; damping raised to {damp:g}",)
-
-
-def _gather(hessian: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows and columns in the given order, with room for some rows only beside the result."""
-    result = torch.empty(hessian.shape, dtype=dtype, device=hessian.device)
-    for rows, into in zip(order.split(_ROWS), result.split(_ROWS), strict=True):
-        into.copy_(hessian[rows].index_select(1, order))
-    return result
-
-
-def _reverse_(values: Tensor) -> None:
-    """Reverse a vector in place; a matrix read as one is flipped along both axes."""
-    half = len(values) // 2
-    for start in range(0, half, _SWAPPED):
-        end = min(start + _SWAPPED, half)
-        front, back = values[start:end], values[len(values) - end : len(values) - start]
-        kept = front.flip(0)
-        front.copy_(back.flip(0))
-        back.copy_(kept)
-
-
 def _round_columns(
-    weight: Tensor, R: Tensor, grid: Grid, order: Tensor, width: int, block_size: int
-) -> Tensor:
-    """The column loop, left-looking: a block first receives all earlier errors as one GEMM.
+    weight: Tensor, R: Tensor, grid: Grid, order_added: tuple[Tensor, Tensor], block_size: int
+) -> tuple[Tensor, Tensor]:
+    """The column loop, left-looking: a span of blocks first receives all earlier errors as one
+    product, then each block those of the span.
 
     Works on transposed tensors, (in, out), so that a column of W is a contiguous row.
+
+    Args:
+        order_added: the order of the columns, and what is added to the diagonal of H in it.
+
+    Returns:
+        Codes (out, in) uint8, and the energy that each row loses, (out,) float64.
     """
-    columns = weight.T[order].contiguous()  # (in, out)
-    groups = order // width
-    scales, zeros = grid.scales.T.contiguous(), grid.zeros.T.float().contiguous()  # (groups, out)
+    order, added = order_added
+    grids = by_column(grid, order)
+    judged = torch.stack((R.diagonal().square(), added))  # (2, in)
     ratio = R.div_(R.diagonal().clone())  # R_kj / R_jj
-    errors = torch.empty_like(columns)  # w_k - q_k
-    codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
-    for start in range(0, len(columns), block_size):
-        end = min(start + block_size, len(columns))
-        values = columns[start:end]
-        if start:
-            values = torch.addmm(values, ratio[:start, start:end].T, errors[:start])
-        of_block = groups[start:end]
-        codes[start:end], errors[start:end] = round_block(
-            values,
-            columns[start:end],
-            ratio[start:end, start:end],
-            scales[of_block],
-            zeros[of_block],
-            grid.max_code,
-        )
-    result = torch.empty_like(codes)
-    result[order] = codes
-    return result.T.contiguous()
+    rows = weight.index_select(1, order)  # (out, in)
+    errors = torch.empty_like(rows.T, memory_format=torch.contiguous_format)  # w_k - q_k
+    codes = torch.empty(errors.shape, dtype=torch.uint8, device=weight.device)
+    losses = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    for span in torch.arange(len(order)).split(_SPAN * block_size):
+        first, last = int(span[0]), int(span[-1]) + 1
+        columns = rows[:, first:last].T.contiguous()  # (span, out)
+        values = columns.clone()
+        add_product_(values, ratio[:first, first:last].T, errors[:first])
+        for start in range(first, last, block_size):
+            end = min(start + block_size, last)
+            here = slice(start - first, end - first)
+            add_product_(values[here], ratio[first:start, start:end].T, errors[first:start])
+            square = ratio[start:end, start:end]
+            block = solving.Block(values[here], columns[here], square, judged[:, start:end])
+            results = round_block(block, grids.of(slice(start, end)), errors[start:end])
+            codes[order[start:end]] = results[0]
+            losses += results[1]
+    return codes.T.contiguous(), losses

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quant.grid import QuantizedTensor
+from quant.native.products import product
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,14 @@ class Solution:
         tensor: the codes on their grid.
         damp: what was added to the Hessian's diagonal, as a fraction of its mean.
         notes: every departure from the plain method, for the user.
+        losses: (out,) float64, the `output_energy` of the error of each row of the weight that
+            was solved; None from a solver that does not know it.
     """
 
     tensor: QuantizedTensor
     damp: float = 0.0
     notes: tuple[str, ...] = ()
+    losses: Tensor | None = None
 
 
 _PANEL = 512  # columns of a product: each is computed for half of the symmetric matrix
@@ -46,9 +50,11 @@ def output_energy(rows: Tensor, hessian: Tensor) -> Tensor:
     total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[1], _PANEL):
         part = rows[:, start : start + _PANEL]
-        square = part @ hessian[start : start + _PANEL, start : start + _PANEL]
-        left = rows[:, :start] @ hessian[:start, start : start + _PANEL]
-        total += ((square + 2 * left) * part).sum(1, dtype=torch.float64)
+        columns = hessian[:, start : start + _PANEL]
+        onto = part @ columns[start : start + _PANEL]
+        if start:
+            onto += 2 * product(rows[:, :start], columns[:start])
+        total += (onto * part).sum(1, dtype=torch.float64)
     return total
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from quant.config import QuantConfig
 from quant.grid import LARGEST_SCALE, SMALLEST_SCALE, Grid, fit_minmax
+from quant.native import searching
 
 _COARSE = torch.linspace(0.35, 1.05, 11).tolist()  # fractions of the min-max scale, 0.07 apart
 _FINE = torch.linspace(0.93, 1.07, 11).tolist()  # fractions of the best coarse scale
@@ -45,20 +46,28 @@ def fit_weighted(
     """
     start = fit_minmax(weight, config)
     width = config.width(weight.shape[1])
-    rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    signed = signed and config.symmetric
     importance = (importance / importance.mean().clamp(min=1e-30)).float().view(-1, width)
+    if searching.can_search(weight, width):
+        coarse = [f * sign for f in _COARSE for sign in ((1, -1) if signed else (1,))]
+        limits = 0 if config.symmetric else 1, config.max_code
+        begin = start.scales, start.zeros
+        scales, zeros = searching.search(weight, importance, begin, (coarse, _FINE), limits)
+        return replace(start, scales=scales, zeros=zeros.to(torch.uint8))
+    rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])
     parts = []
     for first in range(0, len(weight), rows):
         chunk = slice(first, first + rows)
         groups = weight[chunk].float().view(-1, *importance.shape)  # (rows, groups, width)
         search = _Search(groups, importance, start.scales[chunk], start.zeros[chunk].float())
-        parts.append(search.run(config, signed and config.symmetric))
+        parts.append(search.run(config, signed))
     scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
     return replace(start, scales=scales, zeros=zeros.to(torch.uint8))
 
 
 class _Search:
-    """The best grid so far of some rows' groups: `scales`, `zeros`, `losses`, each (rows, groups).
+    """What native/search.h does, in torch. The best grid so far of some rows' groups:
+    `scales`, `zeros`, `losses`, each (rows, groups).
 
     Args:
         groups: (rows, groups, width) weights.

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from quant.grid import QuantizedTensor
-from quant.solvers.columns import round_block
+from quant.native import solving
+from quant.native.products import product
+from quant.solvers.columns import by_column, round_block
 
 
 def sweep(
@@ -41,19 +43,20 @@ def sweep(
         New codes on the same grid; no row loses more than before, up to rounding in float32.
     """
     grid = tensor.grid
-    width = weight.shape[1] // grid.scales.shape[1]
-    scales, zeros = grid.scales.T.contiguous(), grid.zeros.T.float().contiguous()  # (groups, out)
+    order = torch.arange(weight.shape[1], device=weight.device)
+    grids = by_column(grid, order)
     codes = tensor.codes.T.contiguous()  # (in, out)
     errors = weight.T - tensor.dequantize(weight.dtype).T  # (in, out)
     for start in range(0, len(codes), block_size):
         block = slice(start, min(start + block_size, len(codes)))
-        of_block = torch.arange(block.start, block.stop, device=codes.device) // width
-        s, z = scales[of_block], zeros[of_block]
-        before = s * (codes[block] - z)
+        here = grids.of(block)
+        before = here.scales[here.groups] * (codes[block] - here.zeros[here.groups])
         diagonal = hessian.diagonal()[block]
         inverse = torch.where(diagonal > 0, 1 / diagonal, 0)  # an input never seen moves nothing
-        pulls = (hessian[block] @ errors).mul_(inverse[:, None]).add_(before)
+        pulls = product(hessian[block], errors).mul_(inverse[:, None]).add_(before)
         ratio = hessian[block, block] * inverse
-        codes[block], changes = round_block(pulls, before, ratio, s, z, grid.max_code)
+        changes, unjudged = torch.empty_like(before), before.new_zeros(2, len(before))
+        some = solving.Block(pulls, before, ratio, unjudged)
+        codes[block], _ = round_block(some, here, changes)
         errors[block] += changes
     return replace(tensor, codes=codes.T.contiguous())

@@ -19,8 +19,8 @@ from quant.sources.beside import copy_beside
 from quant.sources.gguf_blocks import row_bytes, values
 from quant.sources.gguf_header import TensorInfo, read_header
 from quant.sources.gguf_vocabulary import rebuild
+from quant.sources.translated import TranslatedReader
 from quant.sources.translation import (
-    hugging_face_rows,
     model_config,
     positive,
     shapes,
@@ -50,7 +50,7 @@ def matches(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-class Reader:
+class Reader(TranslatedReader):
     """Tensors of a GGUF file under Hugging Face names; see `quant.checkpoint`.
 
     Raises:
@@ -68,40 +68,12 @@ class Reader:
         for name, shape in self._shapes.items():
             self._check(name, shape)
 
-    def names(self) -> list[str]:
-        """All tensor names, in the order of the model."""
-        return list(self._shapes)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shapes
-
-    def tensor(self, name: str) -> Tensor:
-        """The tensor: F32, F16 and BF16 as they are, other types as float32.
-
-        Raises:
-            ValueError: there is no such tensor.
-        """
-        if name not in self._shapes:
-            raise ValueError(f"{self.path}: tensor {name} is missing from the checkpoint")
+    def _stored(self, name: str) -> Tensor:
+        """F32, F16 and BF16 as they are, other types as float32."""
         info = self._infos[name]
         size = _size_bytes(info)
         raw = np.memmap(self.path, np.uint8, "c", info.offset, (size,))
-        weight = values(info.kind, raw, info.shape)
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-        kind = name.split(".")[-2]
-        return hugging_face_rows(weight, self.config[heads[kind]]) if kind in heads else weight
-
-    def release(self) -> None:
-        """Nothing is held: every tensor maps its own part of the file."""
-
-    def files(self) -> list[Path]:
-        """The file."""
-        return [self.path]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the file."""
-        return self.path.stat().st_size
+        return values(info.kind, raw, info.shape)
 
     def copy_companions(self, folder: Path) -> None:
         """The tokenizer beside the file, or the one in it, and the settings."""

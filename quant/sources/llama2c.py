@@ -22,9 +22,9 @@ from torch import Tensor
 
 from quant.sources import sentencepiece_model as sp
 from quant.sources.beside import copy_beside
+from quant.sources.translated import TranslatedReader
 from quant.sources.translation import (
     LAYER_NAMES,
-    hugging_face_rows,
     model_config,
     positive,
     shapes,
@@ -53,7 +53,7 @@ class _Header:
     start: int  # of the tensors
 
 
-class Reader:
+class Reader(TranslatedReader):
     """Tensors of a llama2.c file under Hugging Face names; see `quant.checkpoint`.
 
     Raises:
@@ -76,44 +76,15 @@ class Reader:
         self._shapes = shapes(self.config)
         self._offsets = self._lay_out()
 
-    def names(self) -> list[str]:
-        """All tensor names, in the order of the model."""
-        return list(self._shapes)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shapes
-
-    def tensor(self, name: str) -> Tensor:
-        """The tensor in float32; int8 codes are multiplied by their scales.
-
-        Raises:
-            ValueError: there is no such tensor.
-        """
-        if name not in self._shapes:
-            raise ValueError(f"{self.path}: tensor {name} is missing from the checkpoint")
+    def _stored(self, name: str) -> Tensor:
+        """The tensor in float32; int8 codes are multiplied by their scales."""
         shape, offset = self._shapes[name], self._offsets[name]
         if self._header.group_size and len(shape) == 2:
             count, group = math.prod(shape), self._header.group_size
             codes = self._map(np.int8, offset, (count // group, group))
             scales = self._map(np.float32, offset + count, (count // group, 1))
-            weight = (codes.float() * scales).reshape(shape)
-        else:
-            weight = self._map(np.float32, offset, shape)
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-        kind = name.split(".")[-2]
-        return hugging_face_rows(weight, self.config[heads[kind]]) if kind in heads else weight
-
-    def release(self) -> None:
-        """Nothing is held: every tensor maps its own part of the file."""
-
-    def files(self) -> list[Path]:
-        """The file."""
-        return [self.path]
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the file."""
-        return self.path.stat().st_size
+            return (codes.float() * scales).reshape(shape)
+        return self._map(np.float32, offset, shape)
 
     def copy_companions(self, folder: Path) -> None:
         """The tokenizer beside the file: tokenizer.model, or what is rebuilt of tokenizer.bin."""

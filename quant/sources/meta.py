@@ -18,9 +18,9 @@ from torch import Tensor
 
 from quant.checkpoint import read_json
 from quant.sources.pickled import load_pickled
+from quant.sources.translated import TranslatedReader
 from quant.sources.translation import (
     LAYER_NAMES,
-    hugging_face_rows,
     model_config,
     positive,
     shapes,
@@ -52,7 +52,7 @@ def matches(path: Path) -> bool:
     return (path / "params.json").is_file() and any(path.glob("consolidated.*.pth"))
 
 
-class Reader:
+class Reader(TranslatedReader):
     """Tensors of Meta's shards under Hugging Face names; see `quant.checkpoint`.
 
     Raises:
@@ -74,31 +74,18 @@ class Reader:
             if name not in self._meta_names:
                 raise ValueError(f"{self._paths[0]}: the tensor of {name} is missing")
 
-    def names(self) -> list[str]:
-        """All tensor names, in the order of the model."""
-        return list(self._shapes)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shapes
-
-    def tensor(self, name: str) -> Tensor:
+    def _stored(self, name: str) -> Tensor:
         """The tensor, joined from all shards.
 
         Raises:
-            ValueError: there is no such tensor, or its slices do not make the shape it must have.
+            ValueError: its slices do not make the shape it must have.
         """
-        if name not in self._shapes:
-            raise ValueError(f"{self.path}: tensor {name} is missing from the checkpoint")
         weight, shape = self._join(name), self._shapes[name]
         if tuple(weight.shape) != shape:
             raise ValueError(
                 f"{self.path}: {self._meta_names[name]} has shape {tuple(weight.shape)} in the "
                 f"shards, {shape} by params.json"
             )
-        if name.endswith("q_proj.weight"):
-            return hugging_face_rows(weight, self.config["num_attention_heads"])
-        if name.endswith("k_proj.weight"):
-            return hugging_face_rows(weight, self.config["num_key_value_heads"])
         return weight
 
     def release(self) -> None:
@@ -108,11 +95,6 @@ class Reader:
     def files(self) -> list[Path]:
         """All shards, by name."""
         return self._paths
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(path.stat().st_size for path in self._paths)
 
     def copy_companions(self, folder: Path) -> None:
         """Copy tokenizer.model, and write the settings that Hugging Face wants beside it."""

@@ -1,0 +1,63 @@
+"""Forecast and measured time and memory of one quantization, with random token ids.
+
+    python benchmarks/forecast.py MODEL [--samples 8] [--seq-len 2048] [--group-size 128]
+                                  [--spill DIR] [--max-memory 16GB]
+
+MODEL is a checkpoint folder; it needs no tokenizer. Rates are measured just before, as `quantize`
+does. Prints one row of a table. The peak is that of this process; the embedding is shown beside it
+because all of it is read once, for the checks before the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from calib.hidden import Storage
+from quant import QuantConfig, RunOptions, quantize_checkpoint
+from quant.llama.config import LlamaConfig
+from quant.machine import measure
+from quant.plan import Job, fit_memory, make_plan, parse_size, weight_bytes
+from quant.report import peak_memory_bytes
+from quant.sources import open_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--spill", type=Path)
+    parser.add_argument("--max-memory")
+    asked = parser.parse_args()
+    reader = open_checkpoint(asked.model)
+    llama, config = LlamaConfig.from_dict(reader.config), QuantConfig(group_size=asked.group_size)
+    size = weight_bytes(reader)
+    job = Job(llama, config, asked.samples, asked.seq_len, size, Storage(spill=asked.spill))
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        folder = Path(name)
+        if asked.max_memory:
+            job = fit_memory(job, parse_size(asked.max_memory), folder)
+        plan, rates = make_plan(job), measure(folder)
+        windows = torch.randint(0, llama.vocab_size, (asked.samples, asked.seq_len))
+        options = RunOptions(storage=job.storage, budget=job.budget)
+        report = quantize_checkpoint(
+            asked.model, folder / "out", windows, config, run_options=options
+        )
+    seconds, peak = plan.seconds(rates), peak_memory_bytes()
+    assert peak is not None
+    embedding = llama.vocab_size * llama.hidden_size * size
+    print(
+        f"| {asked.model.name} | {llama.num_hidden_layers} | {asked.samples} x {asked.seq_len} | "
+        f"{seconds:.0f} / {report.seconds:.0f} ({report.seconds / seconds:.2f}) | "
+        f"{plan.memory / 1e9:.2f} / {peak / 1e9:.2f} ({peak / plan.memory:.2f}) | "
+        f"{embedding / 1e9:.2f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
