@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quant.config import QuantConfig
 
+_ROWS = 64  # of a matrix that are dequantized at a time: they stay in the cache
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 LARGEST_SCALE = 65504.0
 
@@ -82,16 +83,21 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """scale * (code - zero), (out, in); computed in float32, then cast."""
+        weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        for start in range(0, len(weight), _ROWS):
+            part = self.rows(slice(start, start + _ROWS))
+            weight[start : start + _ROWS] = part._dequantize()
+        return weight
+
+    def _dequantize(self) -> Tensor:
+        """The values in float32."""
+        scales, zeros = self.grid.scales, self.grid.zeros.float()
         if self.group_index is None:
-            shape = (*self.grid.scales.shape, -1)  # (out, groups, width)
-            codes = self.codes.reshape(shape).float()
-            weight = self.grid.scales[..., None] * (codes - self.grid.zeros[..., None].float())
-            return weight.reshape(self.codes.shape).to(dtype)
+            codes = self.codes.reshape(*scales.shape, -1).float()  # (out, groups, width)
+            values = codes.sub_(zeros[..., None]).mul_(scales[..., None])
+            return values.view(self.codes.shape)
         index = self.group_index.long()
-        weight = self.grid.scales[:, index] * (
-            self.codes.float() - self.grid.zeros[:, index].float()
-        )
-        return weight.to(dtype)
+        return self.codes.float().sub_(zeros[:, index]).mul_(scales[:, index])
 
 
 def fit_minmax(weight: Tensor, config: QuantConfig) -> Grid:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+_CHUNK = 1 << 18  # values at a time
 
 
 class Rounding:
@@ -22,13 +26,12 @@ class Rounding:
         if tensor.dtype == dtype:
             return tensor
         rounded = tensor.to(dtype)
-        exact = tensor.float()
-        change = (rounded.float() - exact).abs_()
-        if not torch.isfinite(change).all():
+        flat = zip(tensor.reshape(-1).split(_CHUNK), rounded.reshape(-1).split(_CHUNK), strict=True)
+        error = max((_change(exact.float(), part) for exact, part in flat), default=0.0)
+        if not math.isfinite(error):
             raise ValueError(
                 f"{name}: holds values that are not finite in {_name(dtype)}; export to float32"
             )
-        error = float((change / exact.abs_().clamp_(min=torch.finfo(dtype).tiny)).max())
         if error > self.largest:
             self.largest, self.where, self.dtype = error, name, dtype
         return rounded
@@ -41,6 +44,14 @@ class Rounding:
             f"values are rounded to {_name(self.dtype)}, by at most {self.largest:.2g} of their "
             f"size ({self.where})"
         ]
+
+
+def _change(exact: Tensor, rounded: Tensor) -> float:
+    """The largest change, as `Rounding.round` measures it; infinite if a value is not finite."""
+    change = (rounded.float() - exact).abs_()
+    if not torch.isfinite(change).all():
+        return math.inf
+    return float((change / exact.abs_().clamp_(min=torch.finfo(rounded.dtype).tiny)).max())
 
 
 def _name(dtype: torch.dtype) -> str:
