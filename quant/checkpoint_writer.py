@@ -82,11 +82,15 @@ class CheckpointWriter:
     def _write(self, tensors: dict[str, Tensor]) -> Part:
         """Make one part."""
         with self._lock:
-            file = self.path / f"part-{len(self.parts) + 1:05d}.safetensors"
+            file = self.path / f"part-{self._number() + 1:05d}.safetensors"
             write_file(file, lambda path: _save(tensors, path))
             part = Part(file.name, file.stat().st_size, file_sha256(file))
             self.parts.append(part)
             return part
+
+    def _number(self) -> int:
+        """Of the last part; parts before it may be gone."""
+        return int(self.parts[-1].name[5:10]) if self.parts else 0
 
     def close(self) -> None:
         """Join the parts into shards, and write the index last; one shard needs no index."""

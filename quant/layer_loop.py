@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from quant.code_counts import CodeCounts
 from quant.config import QuantConfig
 from quant.group_solver import solve_group
 from quant.layer_inputs import advance_float, embed, empty_states
-from quant.layer_reader import LINEARS, build_layer, read_layers
+from quant.layer_reader import LINEARS, build_layer, plain_tensors, read_layers
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 from quant.report import LayerReport, LinearReport, peak_memory_bytes
@@ -57,7 +58,7 @@ def layers(run: Run, first: int) -> Iterator[Step]:
     mine = distributed.share(len(run.windows))  # of the windows
     states = _hidden_states(run, run.windows[mine], first)
     aiming = getattr(run.solver, "target", 0) > 0
-    originals = _original_states(run, run.windows[mine], first) if aiming else None
+    originals = original_states(run, run.windows[mine], first) if aiming else None
     mask = None if run.mask is None else run.mask[mine]
     start = time.perf_counter()
     for index, tensors in read_layers(run.reader, run.llama, first):
@@ -102,7 +103,7 @@ def _hidden_states(run: Run, windows: Tensor, first: int) -> HiddenStates:
     return states
 
 
-def _original_states(run: Run, windows: Tensor, first: int) -> HiddenStates:
+def original_states(run: Run, windows: Tensor, first: int) -> HiddenStates:
     """The input of layer `first` in the float model; computed again when a run goes on."""
     states = empty_states(run.llama, windows, run.options.storage)
     embed(run.reader, states, windows)
@@ -125,3 +126,12 @@ def _quantize_group(
         facts = (one.error, one.rtn_error, one.damp, hessian.tokens, weight.shape[1], one.notes)
         reports.append(LinearReport(prefix + name, *facts, CodeCounts.of(one.tensor)))
     return reports
+
+
+def copy_plain(run: Run, moved: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+    """Embedding, final norm and head as they are, or with the values in `moved`; a head that
+    repeats the embedding is left out.
+    """
+    for name in plain_tensors(run.llama):
+        tensor = run.reader.tensor(name)
+        run.writer.add_plain(name, moved.get(name, tensor).to(tensor.dtype))

@@ -32,8 +32,8 @@ from quant.fingerprint import fingerprint
 from quant.follower import Follower, NoWriter
 from quant.formats import FORMATS
 from quant.geometry import check_shapes
-from quant.layer_loop import Run, layers
-from quant.layer_reader import check_plain, plain_tensors
+from quant.layer_loop import Run, copy_plain, layers
+from quant.layer_reader import check_plain
 from quant.llama.config import LlamaConfig
 from quant.model_card import write_card
 from quant.partial import partial_folder
@@ -44,6 +44,7 @@ from quant.run_options import RunOptions
 from quant.solvers import solver_name
 from quant.solvers.gptq import GPTQOptions
 from quant.sources import open_checkpoint
+from quant.tuning import check_tuning, tune_run
 from quant.verification import verify
 
 
@@ -81,6 +82,7 @@ def quantize_checkpoint(
     mask = check_windows(windows, attention_mask, llama.vocab_size)
     with distributed.joined(), torch.inference_mode():
         run = Run(reader, llama, config, solver, run_options, windows, mask)
+        check_tuning(run)
         if distributed.rank() == 0:
             report = _lead(run, output, start)
         else:
@@ -106,6 +108,7 @@ def _lead(run: Run, output: Path, start: float) -> Report:
         path, windows = run.reader.path, run.windows
         report = Report.of_run(path, output, config, settings, windows, layers, start)
         report = replace(report.with_data(options.data), forecast=options.forecast)
+        report = replace(report, tuning=journal.tuning)
         report.write(folder)
         write_card(folder)
         write_page(folder)
@@ -127,8 +130,9 @@ def _fill(run: Run) -> None:
     journal = run.journal
     journal.resume()
     _quantize_layers(run)
+    tune_run(run)
     if len(journal.layers) == run.llama.num_hidden_layers:
-        _copy_plain(run)
+        copy_plain(run)
         journal.commit_plain()
     run.writer.close(run.reader.config)
     run.reader.copy_companions(journal.folder)
@@ -152,9 +156,3 @@ def _float_checkpoint(path: Path) -> tuple[CheckpointReader, LlamaConfig]:
             f"{path}: is quantized already; give the float checkpoint it was made from"
         )
     return reader, LlamaConfig.from_dict(reader.config)
-
-
-def _copy_plain(run: Run) -> None:
-    """Embedding, final norm and head as they are; a head that repeats the embedding is left out."""
-    for name in plain_tensors(run.llama):
-        run.writer.add_plain(name, run.reader.tensor(name))

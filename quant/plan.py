@@ -37,8 +37,8 @@ _STACKS = 6  # matrices of the shape that is solved: weights, errors, codes, the
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned: a model of `weight_bytes` per weight, windows, how they are held, and
-    whether the float model runs beside the quantized one.
+    """What is planned: a model of `weight_bytes` per weight, windows, how they are held,
+    whether the float model runs beside the quantized one, and the passes of tuning at the end.
     """
 
     llama: LlamaConfig
@@ -49,6 +49,7 @@ class Job:
     storage: Storage = Storage()  # noqa: RUF009 - frozen
     budget: Budget = Budget()  # noqa: RUF009 - frozen
     beside: bool = False
+    tuning: int = 0
 
     @property
     def tokens(self) -> int:
@@ -66,11 +67,15 @@ class Plan:
     states: int  # hidden states of two layer boundaries
     spilled: int
     output: int
+    tuned: bool
 
     @property
     def disk(self) -> int:
-        """Bytes beside the output at most: its parts, the shard they become, the hidden states."""
-        return self.output + min(_SHARD_BYTES, self.output) + self.states
+        """Bytes beside the output at most: its parts, the shard they become or the parts that
+        tuning replaces, the hidden states.
+        """
+        again = self.output if self.tuned else min(_SHARD_BYTES, self.output)
+        return self.output + again + self.states
 
     def seconds(self, rates: Rates) -> float:
         """Time at the measured rates; the disk works while a layer is computed."""
@@ -125,15 +130,37 @@ def make_plan(job: Job) -> Plan:
         per_layer["forward"] *= 2
         per_layer["Hessian"] += sum(2 * width**2 * tokens for _, width in groups[:-1])
         memory += 4 * weights + kept + (0 if job.storage.spill else states)
+    flops = {part: count * llama.num_hidden_layers for part, count in per_layer.items()}
+    if job.tuning:
+        flops["tuning"], tuning_memory = _tuning(job, weights, states, group)
+        memory = max(memory, tuning_memory)
     return Plan(
         layers=llama.num_hidden_layers,
         tokens=tokens,
-        flops={part: count * llama.num_hidden_layers for part, count in per_layer.items()},
+        flops=flops,
         memory=int(memory),
         states=states,
         spilled=streams * states if job.storage.spill else 0,
         output=output,
+        tuned=job.tuning > 0,
     )
+
+
+def _tuning(job: Job, weights: int, states: int, group: int) -> tuple[float, float]:
+    """Work and memory of tuning, for layers of `weights` weights.
+
+    A pass is a forward, a second one with gradients and the backward, 8 operations a weight and
+    token, and 6 for a weight of the head. In memory are seven values for each scale, the head and
+    the embedding, one layer's weights and gradients with the codes as they are read, and of one
+    window the input of every layer and what a layer makes of it.
+    """
+    llama, layers = job.llama, job.llama.num_hidden_layers
+    head = llama.vocab_size * llama.hidden_size
+    work = job.tokens * (job.tuning * (8 * weights * layers + 6 * head) + 2 * weights * layers)
+    window = 4 * job.seq_len * (layers * llama.hidden_size + 6 * llama.intermediate_size)
+    memory = _BASE_BYTES + 7 * 4 * layers * weights / group + head * (4 + job.weight_bytes)
+    memory += 16 * weights + window + (0 if job.storage.spill else states)
+    return work, memory
 
 
 def fit_memory(job: Job, limit: int, folder: Path) -> Job:

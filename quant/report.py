@@ -88,6 +88,8 @@ class Report:
         layers: seconds and peak_memory_bytes of each layer, in order; those that an earlier run
             finished are as they were there.
         evaluations: what `eval` measured, one for each text and protocol.
+        tuning: what quant.tuning did after the linears were solved, whose errors are those before
+            it; None without any.
     """
 
     model: str
@@ -101,6 +103,7 @@ class Report:
     forecast: dict[str, float] | None = None
     layers: tuple[dict[str, Any], ...] = ()
     evaluations: tuple[dict[str, Any], ...] = ()
+    tuning: dict[str, Any] | None = None
 
     @classmethod
     def of_run(

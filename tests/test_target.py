@@ -173,6 +173,7 @@ def test_plan_counts_the_second_stream(tiny_checkpoint: Path) -> None:
 def test_efforts_are_what_their_names_say() -> None:
     assert gptq.EFFORTS["fast"] == GPTQOptions(scales="weighted", target=0)
     assert gptq.EFFORTS["balanced"] == GPTQOptions(scales="weighted", target=0.5)
+    assert gptq.EFFORTS["max"] == GPTQOptions(scales="weighted", target=0.5, tuning=3)
 
 
 def test_a_resumed_run_aims_at_the_same_target(make_checkpoint: Callable[..., Path]) -> None:

@@ -91,6 +91,7 @@ def quantize(
     count, length = windows[distributed.share(len(windows), 0)].shape  # of one process
     job = Job(llama, config, count, length, weight_bytes(reader), _storage(hidden, spill))
     job = replace(job, beside=getattr(solver_options, "target", 0) > 0)
+    job = replace(job, tuning=getattr(solver_options, "tuning", 0))
     if max_memory is not None:
         job = fit_memory(job, parse_size(max_memory), output.absolute().parent)
     forecast = distributed.from_first(lambda: _forecast(job, output))
@@ -189,10 +190,11 @@ def _run(
     from quant.pipeline import quantize_checkpoint
     from quant.progress import StepPrinter
     from quant.report_page import FILE_NAME as PAGE
+    from quant.tuning import Tuning
 
     try:
         with StepPrinter() as printer:
-            run_options = replace(run_options, on_step=printer)
+            run_options = replace(run_options, on_step=printer, on_pass=printer.passed)
             report = quantize_checkpoint(model, output, windows, config, solver, run_options)
     except KeyboardInterrupt:
         if not partial_path(output).exists():
@@ -207,6 +209,8 @@ def _run(
         print(f"warning: {line}", file=sys.stderr)
     remember(output)
     print(report.summary())
+    if report.tuning is not None:
+        print(Tuning(**report.tuning).summary())
     print(report.against_forecast())
     print(f"report: {output / PAGE}")
     print(f"checkpoint: {output}")

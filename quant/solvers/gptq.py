@@ -56,6 +56,8 @@ class GPTQOptions:
             is off. Used by the pipeline, see quant.solvers.target.
         sweeps: passes of coordinate descent over the finished codes, see quant.solvers.sweeps.
         refits: of these, how many begin with scales refit to the codes, see quant.solvers.refit.
+        tuning: passes over the windows in which scales and norms are tuned at the end; 0 is none.
+            Used by the pipeline, see quant.tuning.
     """
 
     act_order: bool = True
@@ -65,6 +67,7 @@ class GPTQOptions:
     target: float = 0.0
     sweeps: int = 0
     refits: int = 0
+    tuning: int = 0
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
@@ -77,6 +80,8 @@ class GPTQOptions:
             raise ValueError(
                 f"refits {self.refits} and sweeps {self.sweeps} do not fit; 0 <= refits <= sweeps"
             )
+        if self.tuning < 0:
+            raise ValueError(f"tuning {self.tuning} is out of range; it is a number of passes")
         if not 0 <= self.damp < 1:
             raise ValueError(
                 f"damp {self.damp} is out of range; it is a fraction of the mean diagonal, 0 <= "
@@ -84,7 +89,11 @@ class GPTQOptions:
             )
 
 
-EFFORTS = {"fast": GPTQOptions(), "balanced": GPTQOptions(target=0.5)}
+EFFORTS = {
+    "fast": GPTQOptions(),
+    "balanced": GPTQOptions(target=0.5),
+    "max": GPTQOptions(target=0.5, tuning=3),
+}
 
 
 def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Solution:
