@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 18  # values at a time
+_CHUNK = 1 << 16  # values at a time
 
 
 class Rounding:
@@ -27,11 +27,12 @@ class Rounding:
             return tensor
         rounded = tensor.to(dtype)
         flat = zip(tensor.reshape(-1).split(_CHUNK), rounded.reshape(-1).split(_CHUNK), strict=True)
-        error = max((_change(exact.float(), part) for exact, part in flat), default=0.0)
-        if not math.isfinite(error):
+        changes = [_change(exact.float(), part) for exact, part in flat]
+        if not all(map(math.isfinite, changes)):
             raise ValueError(
                 f"{name}: holds values that are not finite in {_name(dtype)}; export to float32"
             )
+        error = max(changes, default=0.0)
         if error > self.largest:
             self.largest, self.where, self.dtype = error, name, dtype
         return rounded
@@ -47,11 +48,9 @@ class Rounding:
 
 
 def _change(exact: Tensor, rounded: Tensor) -> float:
-    """The largest change, as `Rounding.round` measures it; infinite if a value is not finite."""
+    """The largest change, as `Rounding.round` measures it; not finite where a value is not."""
     change = (rounded.float() - exact).abs_()
-    if not torch.isfinite(change).all():
-        return math.inf
-    return float((change / exact.abs_().clamp_(min=torch.finfo(rounded.dtype).tiny)).max())
+    return float(change.div_(exact.abs().clamp_(min=torch.finfo(rounded.dtype).tiny)).max())
 
 
 def _name(dtype: torch.dtype) -> str:
