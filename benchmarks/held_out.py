@@ -17,7 +17,7 @@ from calib.hidden import Storage
 from quant.formats import FORMATS
 from quant.grid import QuantizedTensor
 from quant.layer_inputs import embed, empty_states
-from quant.layer_reader import build_layer, read_layers
+from quant.layer_reader import LayerReader, build_layer
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS
 from quant.solvers.loss import output_energy
@@ -33,8 +33,9 @@ def float_hessians(model: Path, windows: Tensor) -> Judged:
     states, judged = empty_states(llama, windows, Storage()), {}
     with torch.inference_mode():
         embed(reader, states, windows)
-        for index, tensors in read_layers(reader, llama):
-            layer = build_layer(llama, tensors, torch.device("cpu"))
+        layers = LayerReader(reader, llama)
+        for index in range(llama.num_hidden_layers):
+            layer = build_layer(llama, layers.take(index), torch.device("cpu"))
             for group, hessian in zip(LINEAR_GROUPS, walk(layer, states), strict=True):
                 for name in group:
                     weight = layer.linear(name).weight

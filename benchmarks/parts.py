@@ -1,6 +1,6 @@
 """Where the seconds of a quantization go, beside the time its arithmetic would take alone.
 
-    python benchmarks/parts.py --model PATH [--text FILE] [--samples 32] [--seq-len 512]
+    python benchmarks/parts.py --model PATH [--text FILE|random] [--samples 32] [--seq-len 512]
                                [--group-size 64] [--effort fast]
 
 Functions of the run are timed, each without those it calls. The floor counts what cannot be left
@@ -87,8 +87,11 @@ def main() -> None:
     parser.add_argument("--effort", default="fast")
     asked = parser.parse_args()
     llama = LlamaConfig.from_dict(open_checkpoint(asked.model).config)
-    encode, texts = open_tokenizer(asked.model).encode, documents([asked.text])
-    windows = token_windows(encode, texts, asked.samples, asked.seq_len, 0)
+    if asked.text == "random":
+        windows = torch.randint(0, llama.vocab_size, (asked.samples, asked.seq_len))
+    else:
+        encode, texts = open_tokenizer(asked.model).encode, documents([asked.text])
+        windows = token_windows(encode, texts, asked.samples, asked.seq_len, 0)
     clock, rates = Clock(), [sgemm_rate()]
     for part, functions in PARTS.items():
         for owner, name in functions:

@@ -83,6 +83,7 @@ def walk(
         if originals is not None:
             deque(originals, maxlen=0)
         yield hessian
+        del hessian  # the caller may have let it go; the next one is made in its room
     deque(others, maxlen=0)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from calib.capture import Budget, advance
 from calib.hidden import HiddenStates, Storage
 from quant.checkpoint import CheckpointReader
-from quant.layer_reader import build_layer, read_layers
+from quant.layer_reader import LayerReader, build_layer
 from quant.llama.config import LlamaConfig
 
 
@@ -35,9 +35,8 @@ def advance_float(
     compute: tuple[torch.device, Budget],
 ) -> None:
     """Advance `states` through the first `count` layers of the float model."""
-    if not count:
-        return
-    for index, tensors in read_layers(reader, llama):
-        advance(build_layer(llama, tensors, compute[0]), states, *compute)
-        if index + 1 == count:
-            return
+    layers = LayerReader(reader, llama)
+    for index in range(count):
+        layer = build_layer(llama, layers.take(index), compute[0])
+        layers.ask(index + 1)
+        advance(layer, states, *compute)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
@@ -25,12 +26,14 @@ from quant.code_counts import CodeCounts
 from quant.config import QuantConfig
 from quant.group_solver import solve_group
 from quant.layer_inputs import advance_float, embed, empty_states
-from quant.layer_reader import LINEARS, build_layer, plain_tensors, read_layers
+from quant.layer_reader import LINEARS, LayerReader, build_layer, plain_tensors
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 from quant.report import LayerReport, LinearReport, peak_memory_bytes
 from quant.run_options import RunOptions, Step
 from quant.verification import digest
+
+_MLP_INPUTS = LINEAR_GROUPS[2]
 
 
 @dataclass
@@ -61,24 +64,35 @@ def layers(run: Run, first: int) -> Iterator[Step]:
     originals = original_states(run, run.windows[mine], first) if aiming else None
     mask = None if run.mask is None else run.mask[mine]
     start = time.perf_counter()
-    for index, tensors in read_layers(run.reader, run.llama, first):
+    reader = LayerReader(run.reader, run.llama)
+    for index in range(first, run.llama.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        for name, tensor in tensors.items():
-            if name.removesuffix(".weight") not in LINEARS:  # norms and biases stay as they are
-                run.writer.add_plain(prefix + name, tensor)
-        layer = build_layer(run.llama, tensors, run.device)
+        layer = _build(run, reader.take(index), prefix)
         done: list[LinearReport] = []
         beside = None if originals is None else (copy.deepcopy(layer), originals)
         walking = walk(layer, states, mask, run.device, run.options.budget, beside)
-        for group, hessian in zip(LINEAR_GROUPS, walking, strict=True):
-            _complete_(hessian, prefix + group[0])
+        for group in LINEAR_GROUPS:
+            hessian = next(walking)
+            if group == _MLP_INPUTS:
+                del layer.self_attn  # it has done its work, and solving the MLP takes most room
             linears = _quantize_group(run, layer, prefix, group, hessian)
+            del hessian  # before the next one is made
             done += linears
             yield Step(index, run.llama.num_hidden_layers, tuple(linears))
+        reader.ask(index + 1)
+        deque(walking, maxlen=0)  # the layer's output
         seconds, start = time.perf_counter() - start, time.perf_counter()
         report = LayerReport(tuple(done), round(seconds, 3), peak_memory_bytes())
         run.journal.commit_later(asdict(report), run.digests, states)
         run.digests = {}
+
+
+def _build(run: Run, tensors: dict[str, Tensor], prefix: str) -> DecoderLayer:
+    """The layer from its tensors; norms and biases are written as they are."""
+    for name, tensor in tensors.items():
+        if name.removesuffix(".weight") not in LINEARS:
+            run.writer.add_plain(prefix + name, tensor)
+    return build_layer(run.llama, tensors, run.device)
 
 
 def _complete_(hessian: Hessian, name: str) -> None:
@@ -116,6 +130,7 @@ def _quantize_group(
     run: Run, layer: DecoderLayer, prefix: str, group: tuple[str, ...], hessian: Hessian
 ) -> list[LinearReport]:
     """Solve a group of linears; write the codes, put their values into the layer."""
+    _complete_(hessian, prefix + group[0])
     weights: list[Tensor] = [layer.linear(name).weight for name in group]
     reports = []
     solved = solve_group(weights, hessian, run.config, run.solver)

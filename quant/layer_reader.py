@@ -1,9 +1,8 @@
-"""The layers of a float checkpoint one after another; the next is read while one is worked on."""
+"""The layers of a float checkpoint, each read in a thread while another one is worked on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -15,24 +14,33 @@ from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 LINEARS = frozenset(name for group in LINEAR_GROUPS for name in group)
 
 
-def read_layers(
-    reader: CheckpointReader, llama: LlamaConfig, start: int = 0
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Read the layers from `start` on in the dtype of the file.
+class LayerReader:
+    """Reads layers one at a time, in a thread where the caller says when.
 
-    Yields:
-        The layer's index, and its tensors by their name within it; checked, and in memory.
-
-    Raises:
-        ValueError: a tensor is missing, has another shape than config.json says, or is not finite.
+    A layer weighs as much as what a solve needs beside it, so the next one is asked for when the
+    last solve of the present one is done, and comes while its output is computed.
     """
-    with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(_read, reader, llama, start)
-        for index in range(start, llama.num_hidden_layers):
-            tensors = following.result()
-            if index + 1 < llama.num_hidden_layers:
-                following = thread.submit(_read, reader, llama, index + 1)
-            yield index, tensors
+
+    def __init__(self, reader: CheckpointReader, llama: LlamaConfig) -> None:
+        self._reader, self._llama = reader, llama
+        self._pool = ThreadPoolExecutor(1)
+        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
+
+    def ask(self, index: int) -> None:
+        """Start to read a layer, if the model has it."""
+        if index < self._llama.num_hidden_layers:
+            self._coming[index] = self._pool.submit(_read, self._reader, self._llama, index)
+
+    def take(self, index: int) -> dict[str, Tensor]:
+        """A layer's tensors by their name within it, in the dtype of the file; checked, in memory.
+
+        Raises:
+            ValueError: a tensor is missing, has another shape than config.json says, or is not
+                finite.
+        """
+        if index not in self._coming:
+            self.ask(index)
+        return self._coming.pop(index).result()
 
 
 def plain_tensors(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:

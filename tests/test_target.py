@@ -147,7 +147,7 @@ def test_off_is_plain_gptq(
         raise AssertionError("an improvement ran")
 
     monkeypatch.setattr("quant.group_solver.towards_float", never)
-    monkeypatch.setattr("quant.layer_loop._original_states", never)
+    monkeypatch.setattr("quant.layer_loop.original_states", never)
     monkeypatch.setattr(gptq, "fit_weighted", never)
     quantized(tiny_checkpoint, tmp_path / "a", GPTQOptions(scales="minmax", target=0))
     with pytest.raises(AssertionError, match="an improvement ran"):

@@ -20,6 +20,7 @@ falling diag(H) (act-order) and the codes are put back in place: no runtime ever
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -164,13 +165,11 @@ def _round_columns(
     grids = by_column(grid, order)
     judged = torch.stack((R.diagonal().square(), added))  # (2, in)
     ratio = R.div_(R.diagonal().clone())  # R_kj / R_jj
-    rows = weight.index_select(1, order)  # (out, in)
-    errors = torch.empty_like(rows.T, memory_format=torch.contiguous_format)  # w_k - q_k
+    errors = torch.empty(weight.T.shape, dtype=weight.dtype, device=weight.device)  # w_k - q_k
     codes = torch.empty(errors.shape, dtype=torch.uint8, device=weight.device)
     losses = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-    for span in torch.arange(len(order)).split(_SPAN * block_size):
-        first, last = int(span[0]), int(span[-1]) + 1
-        columns = rows[:, first:last].T.contiguous()  # (span, out)
+    for first, columns in _spans(weight, order, _SPAN * block_size):
+        last = first + len(columns)
         values = columns.clone()
         add_product_(values, ratio[:first, first:last].T, errors[:first])
         for start in range(first, last, block_size):
@@ -183,3 +182,13 @@ def _round_columns(
             codes[order[start:end]] = results[0]
             losses += results[1]
     return codes.T.contiguous(), losses
+
+
+def _spans(weight: Tensor, order: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Where each span of columns begins, and its columns (span, out). Four are gathered at a time:
+    each row is read once for all of them, and no second weight is held.
+    """
+    for start in range(0, len(order), 4 * size):
+        rows = weight.index_select(1, order[start : start + 4 * size])
+        for first, columns in enumerate(rows.split(size, dim=1)):
+            yield start + first * size, columns.T.contiguous()
