@@ -38,7 +38,7 @@ def main() -> None:
     llama, config = LlamaConfig.from_dict(reader.config), QuantConfig(group_size=asked.group_size)
     size = weight_bytes(reader)
     job = Job(llama, config, asked.samples, asked.seq_len, size, Storage(spill=asked.spill))
-    with tempfile.TemporaryDirectory(dir=".") as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if asked.max_memory:
             job = fit_memory(job, parse_size(asked.max_memory), folder)

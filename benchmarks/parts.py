@@ -96,7 +96,7 @@ def main() -> None:
     for part, functions in PARTS.items():
         for owner, name in functions:
             clock.time(owner, name, part)
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         output, config = Path(folder) / "out", QuantConfig(group_size=asked.group_size)
         options = gptq.EFFORTS[asked.effort], RunOptions()
         report = pipeline.quantize_checkpoint(asked.model, output, windows, config, *options)
