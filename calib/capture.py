@@ -28,7 +28,8 @@ from torch import Tensor
 from calib.hessian import Hessian
 from calib.hidden import HiddenStates
 
-_DOWN = 3  # the stage of down_proj: aiming it at the float model costs most and gains nothing
+_DOWN = 3  # the stage of down_proj: its drift, the widest, costs most and gains nothing
+_RESIDUAL = {1: "present", 3: "next"}  # by stage: what the output of o_proj, of down_proj joins
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def walk(
         device: where the batches are computed.
         budget: how much is computed and kept at a time.
         beside: the float layer and its own hidden states, to advance in step. The Hessians of
-            q|k|v, o and gate|up then hold a drift; that of down does not.
+            q|k|v, o and gate|up then hold a drift, those of o and down a lag.
 
     Yields:
         The Hessian of the input of q|k|v, of o, of gate|up and of down, in that order.
@@ -73,18 +74,25 @@ def walk(
     for index, (width, inputs) in enumerate(walking):
         hessian = Hessian(width, device)
         _, originals = next(others, (0, None))
-        if originals is not None and index == _DOWN:
-            deque(originals, maxlen=0)  # advance; no drift
-            originals = None
         for batch, x in inputs:
             original = None if originals is None else next(originals)[1]
-            hessian.add(x, None if mask is None else mask[batch], original)
+            of_batch = None if mask is None else mask[batch]
+            hessian.add(x, of_batch, None if index == _DOWN else original)
+            if beside is not None and index in _RESIDUAL:
+                behind = _behind(states, beside[1], _RESIDUAL[index], batch)
+                hessian.add_lag(x, behind.to(device), of_batch)
             del x, original
         if originals is not None:
             deque(originals, maxlen=0)
         yield hessian
         del hessian  # the caller may have let it go; the next one is made in its room
     deque(others, maxlen=0)
+
+
+def _behind(states: HiddenStates, original: HiddenStates, buffer: str, batch: slice) -> Tensor:
+    """h~ - h: what the residual stream of a batch lacks to be the float model's."""
+    mine, theirs = (getattr(s, buffer).read(batch, s.hidden_size) for s in (states, original))
+    return theirs.float() - mine.float()
 
 
 def advance(

@@ -21,6 +21,8 @@ class Hessian:
         tokens: how many x it holds.
         drift: (in_features, in_features) float32, the sum of (x~ - x) x^T with x~ the input in the
             float model; None where x~ is not known.
+        lag: (hidden, in_features) float32, the sum of (h~ - h) x^T with h the residual stream to
+            which the linear's output is added; None where there is none, or h~ is not known.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
@@ -28,6 +30,7 @@ class Hessian:
         self._mirrored = True
         self.tokens = 0
         self.drift: Tensor | None = None
+        self.lag: Tensor | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -54,6 +57,13 @@ class Hessian:
                 self.drift = torch.zeros_like(self._upper)
             products.add_product_(self.drift, (_rows(original, mask) - rows).T, rows)
 
+    def add_lag(self, x: Tensor, behind: Tensor, mask: Tensor | None = None) -> None:
+        """Add to `lag` the rows of x (..., in_features) and of h~ - h (..., hidden)."""
+        rows, missing = _rows(x, mask), _rows(behind, mask)
+        if self.lag is None:
+            self.lag = torch.zeros(missing.shape[1], rows.shape[1], device=rows.device)
+        products.add_product_(self.lag, missing.T, rows)
+
     def merge(self, other: Hessian) -> None:
         """Add another sum over other tokens.
 
@@ -69,6 +79,8 @@ class Hessian:
         self.tokens += other.tokens
         if other.drift is not None:
             self.drift = other.drift if self.drift is None else self.drift + other.drift
+        if other.lag is not None:
+            self.lag = other.lag if self.lag is None else self.lag + other.lag
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:

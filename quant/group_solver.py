@@ -6,6 +6,7 @@ of them, and all of them get the whole result.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from quant import distributed
 from quant.config import QuantConfig
 from quant.grid import Grid, QuantizedTensor
 from quant.solvers import solve
-from quant.solvers.loss import output_energy
+from quant.solvers.loss import Solution, output_energy
 from quant.solvers.rtn import RTNOptions
 from quant.solvers.target import towards_float
 
@@ -30,6 +31,7 @@ class Solved:
 
     Attributes:
         error, rtn_error: the relative error of these codes, and of rounding to nearest.
+        aim_errors: both again as distances from W*; empty where the weight itself was the aim.
     """
 
     tensor: QuantizedTensor
@@ -37,34 +39,56 @@ class Solved:
     rtn_error: float
     damp: float
     notes: tuple[str, ...]
+    aim_errors: tuple[float, ...]
 
 
 def solve_group(
     weights: list[Tensor], statistics: Hessian, config: QuantConfig, options: Any
 ) -> list[Solved]:
     """Solve linears (out, in) of the same input, whose Hessian is of all tokens; where it has a
-    drift, aim at the float model's outputs.
+    drift or a lag, aim at the float model's outputs.
     """
-    hessian, drift = statistics.matrix, statistics.drift
+    hessian = statistics.matrix
     stack = torch.cat(weights) if len(weights) > 1 else weights[0]
     count = len(stack)
-    mine = stack[distributed.share(count)]
-    aim = mine if drift is None else towards_float(mine, hessian, drift, options.target)
-    solution = solve(aim, hessian, config, options)
+    share = distributed.share(count)
+    mine = stack[share]
+    aim = _aim(mine, statistics, share, options)
+    solution = solve(mine if aim is None else aim, hessian, config, options)
     plain = solve(mine, hessian, config, RTNOptions()).tensor
-    known = (solution.losses if drift is None else None, None)  # else it is of another weight
-    losses = _losses(mine, (solution.tensor, plain), known, hessian)
-    losses = distributed.gather_rows(losses, count)
-    whole = _gather(solution.tensor, count)
-    results, start = [], 0
+    both = (solution.tensor, plain)
+    told = (solution.losses, None)  # of what was solved for
+    losses = [output_energy(mine, hessian)[:, None]]
+    losses.append(_losses(mine, both, told if aim is None else (None, None), hessian))
+    if aim is not None:
+        losses.append(_losses(aim, both, told, hessian))
+    judged = distributed.gather_rows(torch.cat(losses, dim=1), count)
+    whole = replace(solution, tensor=_gather(solution.tensor, count))
+    return list(_one_by_one(weights, whole, judged))
+
+
+def _one_by_one(weights: list[Tensor], whole: Solution, judged: Tensor) -> Iterator[Solved]:
+    """The stack's solution, linear by linear, with the losses (out, 3 or 5) of its rows."""
+    start = 0
     for weight in weights:
         rows = slice(start, start + len(weight))
         start = rows.stop
-        error, rtn_error, energy = losses[rows].sum(0).tolist()
-        energy = energy or 1.0  # of nothing, nothing is lost
-        shares = error / energy, rtn_error / energy
-        results.append(Solved(whole.rows(rows), *shares, solution.damp, solution.notes))
-    return results
+        energy, *lost = judged[rows].sum(0).tolist()
+        error, rtn_error, *towards_aim = (loss / (energy or 1.0) for loss in lost)
+        tensor, damp, notes = whole.tensor.rows(rows), whole.damp, whole.notes
+        yield Solved(tensor, error, rtn_error, damp, notes, tuple(towards_aim))
+
+
+def _aim(weight: Tensor, statistics: Hessian, rows: slice, options: Any) -> Tensor | None:
+    """W* of these rows of a weight; None where the weight itself is to be approached."""
+    missing = []
+    if statistics.drift is not None and options.target:
+        missing.append(options.target * (weight @ statistics.drift))
+    if statistics.lag is not None and options.residual:
+        missing.append(options.residual * statistics.lag[rows])
+    if not missing:
+        return None
+    return towards_float(weight, statistics.matrix, sum(missing, torch.zeros_like(weight)))
 
 
 def _losses(
@@ -73,10 +97,10 @@ def _losses(
     known: tuple[Tensor | None, ...],
     hessian: Tensor,
 ) -> Tensor:
-    """(out, tensors + 1) float64: the energy each tensor loses of every row, where its solver has
-    not told, and the whole energy.
+    """(out, tensors) float64: the energy that separates each tensor from every row, where its
+    solver has not told.
     """
-    losses = torch.empty(len(weight), len(tensors) + 1, dtype=torch.float64, device=weight.device)
+    losses = torch.empty(len(weight), len(tensors), dtype=torch.float64, device=weight.device)
     for start in range(0, len(weight), _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
         for column, (tensor, told) in enumerate(zip(tensors, known, strict=True)):
@@ -85,7 +109,6 @@ def _losses(
                 continue
             error = weight[rows] - tensor.rows(rows).dequantize()
             losses[rows, column] = output_energy(error, hessian)
-        losses[rows, -1] = output_energy(weight[rows], hessian)
     return losses
 
 

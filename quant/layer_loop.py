@@ -60,7 +60,7 @@ def layers(run: Run, first: int) -> Iterator[Step]:
     """Quantize the layers from `first` on; a Step after each group."""
     mine = distributed.share(len(run.windows))  # of the windows
     states = _hidden_states(run, run.windows[mine], first)
-    aiming = getattr(run.solver, "target", 0) > 0
+    aiming = getattr(run.solver, "needs_float", False)
     originals = original_states(run, run.windows[mine], first) if aiming else None
     mask = None if run.mask is None else run.mask[mine]
     start = time.perf_counter()
@@ -98,8 +98,9 @@ def _build(run: Run, tensors: dict[str, Tensor], prefix: str) -> DecoderLayer:
 def _complete_(hessian: Hessian, name: str) -> None:
     """Make the Hessian of this process's windows that of all; `name` is of a linear it is for."""
     distributed.sum_(hessian.matrix)
-    if hessian.drift is not None:
-        distributed.sum_(hessian.drift)
+    for beside_float in (hessian.drift, hessian.lag):
+        if beside_float is not None:
+            distributed.sum_(beside_float)
     hessian.tokens = distributed.total(hessian.tokens)
     if not torch.isfinite(hessian.matrix.diagonal()).all():
         raise ValueError(
@@ -139,7 +140,8 @@ def _quantize_group(
         run.digests[prefix + name] = digest(one.tensor)
         weight.copy_(one.tensor.dequantize())
         facts = (one.error, one.rtn_error, one.damp, hessian.tokens, weight.shape[1], one.notes)
-        reports.append(LinearReport(prefix + name, *facts, CodeCounts.of(one.tensor)))
+        counts = CodeCounts.of(one.tensor)
+        reports.append(LinearReport(prefix + name, *facts, counts, *one.aim_errors))
     return reports
 
 

@@ -38,7 +38,8 @@ _STACKS = 6  # matrices of the shape that is solved: weights, errors, codes, the
 @dataclass(frozen=True)
 class Job:
     """What is planned: a model of `weight_bytes` per weight, windows, how they are held,
-    whether the float model runs beside the quantized one, and the passes of tuning at the end.
+    whether the float model runs beside the quantized one, the passes of tuning at the end, and the
+    products of a weight with its Hessian beyond those of plain GPTQ.
     """
 
     llama: LlamaConfig
@@ -50,6 +51,7 @@ class Job:
     budget: Budget = Budget()  # noqa: RUF009 - frozen
     beside: bool = False
     tuning: int = 0
+    extra_products: int = 0
 
     @property
     def tokens(self) -> int:
@@ -110,11 +112,12 @@ def make_plan(job: Job) -> Plan:
     down = tokens * llama.intermediate_size * 4
     kept = min(down, job.budget.keep_bytes)
     again = 4 * llama.hidden_size * llama.intermediate_size * tokens * (1 - kept / down)
+    products = 5 + job.extra_products + (2 if job.beside else 0)  # beside: judged twice
     per_layer = {
         "forward": 2 * weights * tokens + 2 * tokens * job.seq_len * wide + again,
         "Hessian": sum(width * (width + max(128, -(-width // 8))) * tokens for _, width in groups),
         "Cholesky": sum(width**3 / 3 for _, width in groups),
-        "solve": sum(5 * rows * width**2 for rows, width in groups),
+        "solve": sum(products * rows * width**2 for rows, width in groups),
     }
     heads = 1 if llama.tie_word_embeddings else 2
     plain = heads * llama.vocab_size * llama.hidden_size * job.weight_bytes
@@ -129,6 +132,7 @@ def make_plan(job: Job) -> Plan:
     if job.beside:
         per_layer["forward"] *= 2
         per_layer["Hessian"] += sum(2 * width**2 * tokens for _, width in groups[:-1])
+        per_layer["Hessian"] += sum(2 * rows * width * tokens for rows, width in groups[1::2])
         memory += 4 * weights + kept + (0 if job.storage.spill else states)
     flops = {part: count * llama.num_hidden_layers for part, count in per_layer.items()}
     if job.tuning:

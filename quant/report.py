@@ -29,7 +29,9 @@ FILE_NAME = "quantize_report.json"
 @dataclass(frozen=True)
 class LinearReport:
     """One linear. Errors are tr(E H E^T) / tr(W H W^T): the share of the output's energy that is
-    lost.
+    lost. Where a target was aimed at, `aim_error` and `rtn_aim_error` are the distances from W*
+    instead of W, and these are what is compared: a weight that undoes earlier errors lies further
+    from W than it need.
     """
 
     name: str
@@ -40,6 +42,8 @@ class LinearReport:
     in_features: int
     notes: tuple[str, ...] = ()
     counts: CodeCounts | None = None
+    aim_error: float | None = None
+    rtn_aim_error: float | None = None
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> LinearReport:
@@ -52,11 +56,11 @@ class LinearReport:
     def warnings(self) -> list[str]:
         """What the user should know about this linear, one line each."""
         lines = [f"{self.name}: {note}" for note in self.notes]
-        if self.relative_error > self.rtn_relative_error * 1.0001:
-            lines.append(
-                f"{self.name}: relative error {self.relative_error:.3g} is above "
-                f"round-to-nearest's {self.rtn_relative_error:.3g}"
-            )
+        what, mine, plain = "relative error", self.relative_error, self.rtn_relative_error
+        if self.aim_error is not None and self.rtn_aim_error is not None:
+            what, mine, plain = "error towards its aim", self.aim_error, self.rtn_aim_error
+        if mine > plain * 1.0001:
+            lines.append(f"{self.name}: {what} {mine:.3g} is above round-to-nearest's {plain:.3g}")
         if self.tokens < self.in_features:
             lines.append(
                 f"{self.name}: {self.tokens} calibration tokens for {self.in_features} inputs; "

@@ -55,6 +55,7 @@ def quantized(make_checkpoint: Make, tmp_path: Path) -> Callable[..., Path]:
         for name, tensor in entries(source).items():
             if name.endswith("_proj.weight"):
                 grid = fit_minmax(tensor.float(), config)
+                grid.scales[::2] *= -1  # the formats take both signs
                 codes = nearest_codes(tensor.float(), grid)
                 writer.add_quantized(name.removesuffix(".weight"), QuantizedTensor(codes, grid))
             else:

@@ -26,9 +26,8 @@ def random_tensor(bits: int, groups: int = 2, symmetric: bool = False) -> Quanti
     zeros = torch.randint(1, 2**bits, (96, groups), generator=generator, dtype=torch.uint8)
     if symmetric:
         zeros.fill_(2 ** (bits - 1))
-    return QuantizedTensor(
-        codes, Grid(torch.rand(96, groups, generator=generator).half().float(), zeros, bits)
-    )
+    scales = torch.randn(96, groups, generator=generator).half().float()  # of both signs
+    return QuantizedTensor(codes, Grid(scales, zeros, bits))
 
 
 def read_all(folder: Path, form: str = "autogptq") -> dict[str, Any]:

@@ -39,5 +39,6 @@ def test_the_drift_is_summed(
         errors[target] = torch.tensor([line.relative_error for line in report.linears])
     for rank in (0, 1):
         mine = torch.tensor(torch.load(tmp_path / f"errors-{rank}.pt"))
-        assert ((mine - errors[0.5]).abs() / errors[0.5]).max() < 0.03
-        assert ((mine - errors[0.0]).abs() / errors[0.0]).max() > 0.03
+        # Sums in another order decide a few ties otherwise, which moves single linears by percents.
+        near, far = (((mine - errors[t]).abs() / errors[t]).mean() for t in (0.5, 0.0))
+        assert near < 0.015 < 2 * near < far

@@ -90,7 +90,9 @@ def quantize(
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
     count, length = windows[distributed.share(len(windows), 0)].shape  # of one process
     job = Job(llama, config, count, length, weight_bytes(reader), _storage(hidden, spill))
-    job = replace(job, beside=getattr(solver_options, "target", 0) > 0)
+    beside = getattr(solver_options, "needs_float", False)
+    products = getattr(solver_options, "extra_products", 0)
+    job = replace(job, beside=beside, extra_products=products)
     job = replace(job, tuning=getattr(solver_options, "tuning", 0))
     if max_memory is not None:
         job = fit_memory(job, parse_size(max_memory), output.absolute().parent)

@@ -55,6 +55,7 @@ class GPTQOptions:
             negative scales allowed in symmetric grids.
         target: how far to aim at the float model's outputs rather than at the weights, 0 to 1; 0
             is off. Used by the pipeline, see quant.solvers.target.
+        residual: the same of o_proj and down_proj and the float model's residual stream.
         sweeps: passes of coordinate descent over the finished codes, see quant.solvers.sweeps.
         refits: of these, how many begin with scales refit to the codes, see quant.solvers.refit.
         tuning: passes over the windows in which scales and norms are tuned at the end; 0 is none.
@@ -66,6 +67,7 @@ class GPTQOptions:
     block_size: int = 128
     scales: str = "weighted"
     target: float = 0.0
+    residual: float = 0.0
     sweeps: int = 0
     refits: int = 0
     tuning: int = 0
@@ -75,8 +77,9 @@ class GPTQOptions:
             raise ValueError(
                 f"scales {self.scales!r} is unknown; choose one of {', '.join(SCALES)}"
             )
-        if not 0 <= self.target <= 1:
-            raise ValueError(f"target {self.target} is out of range; 0 <= target <= 1")
+        for name in ("target", "residual"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is out of range; 0 <= {name} <= 1")
         if not 0 <= self.refits <= self.sweeps:
             raise ValueError(
                 f"refits {self.refits} and sweeps {self.sweeps} do not fit; 0 <= refits <= sweeps"
@@ -88,6 +91,16 @@ class GPTQOptions:
                 f"damp {self.damp} is out of range; it is a fraction of the mean diagonal, 0 <= "
                 "damp < 1"
             )
+
+    @property
+    def needs_float(self) -> bool:
+        """Whether the float model has to run beside the quantized one."""
+        return self.target > 0 or self.residual > 0
+
+    @property
+    def extra_products(self) -> int:
+        """Products with H that sweeps and refits make beyond plain GPTQ, for forecasts of time."""
+        return 2 * self.sweeps + 5 * self.refits
 
 
 EFFORTS = {

@@ -5,8 +5,14 @@ linear should give W x~. The squared distance to that is, up to a constant,
 
     tr (W* - Q) H (W* - Q)^T ,      W* = W + W D H^-1 ,   D = sum of (x~ - x) x^T ,
 
-(QEP, arXiv 2504.09629; GPTAQ, arXiv 2504.02692), so any solver serves, given W* for W. A part of D
-is noise of the calibration data: W* goes a share `strength` of the way, and H is damped.
+(QEP, arXiv 2504.09629; GPTAQ, arXiv 2504.02692), so any solver serves, given W* for W.
+
+The outputs of o_proj and down_proj are added to the residual stream, h here and h~ in the float
+model, and only the sum matters. They should give W x~ + h~ - h, which adds L H^-1 to W* with
+
+    L = sum of (h~ - h) x^T .
+
+A part of D and L is noise of the calibration data: W* goes a share of the way, and H is damped.
 """
 
 from __future__ import annotations
@@ -17,14 +23,13 @@ from torch import Tensor
 _DAMP = 0.1  # of the mean diagonal of H, ten times GPTQ's: D is noisier than H
 
 
-def towards_float(weight: Tensor, hessian: Tensor, drift: Tensor, strength: float) -> Tensor:
-    """W + strength * W D (H + 0.1 mean(diag H) I)^-1.
+def towards_float(weight: Tensor, hessian: Tensor, missing: Tensor) -> Tensor:
+    """W + missing (H + 0.1 mean(diag H) I)^-1.
 
     Args:
         weight: (out, in) float32.
         hessian: (in, in) float32, the sum of x x^T.
-        drift: (in, in) float32, the sum of (x~ - x) x^T.
-        strength: 0 keeps the weight, 1 goes all the way.
+        missing: (out, in) float32, the sum of (y~ - W x) x^T with y~ the output to aim at.
 
     Returns:
         (out, in) float32.
@@ -34,4 +39,4 @@ def towards_float(weight: Tensor, hessian: Tensor, drift: Tensor, strength: floa
     lower, failed = torch.linalg.cholesky_ex(H)
     if failed.item():  # rounding of a nearly singular H: float64 has room for it
         lower = torch.linalg.cholesky(H.double()).to(H.dtype)
-    return weight + strength * torch.cholesky_solve((weight @ drift).T, lower).T
+    return weight + torch.cholesky_solve(missing.T, lower).T
