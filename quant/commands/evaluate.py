@@ -78,7 +78,7 @@ def evaluate(
     data = data or (str(BUNDLED / "heldout.txt") if own_text else "wikitext2")
     ids, facts = evaluation_ids(tokenizer, data)
     window = window or min(2048, loaded.config.max_position_embeddings)
-    origin = load_model(reference, device, dtype) if reference else None
+    origin = load_model(reference, device, dtype, precision="exact") if reference else None
     with window_bar() as on_window:
         result = evaluate(loaded, ids, window, origin, on_window)
     if card:
