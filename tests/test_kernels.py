@@ -167,7 +167,31 @@ def test_what_is_not_finite_spreads_to_its_row_alone(isa: str, precision: str, b
 
 @built
 def test_tiny_activations(isa: str) -> None:
+    """Exact keeps denormals, to one unit of the smallest for each product and for the sum."""
     qt = make(16, 64)
+    weight = qt.dequantize(torch.float64)
     for size in (1e-30, 1e-37, 1e-42, 0.0):
-        x = rows(2, 64) * size
-        agrees_with_the_model(qt, x)
+        for m in (2, 20):
+            x = rows(m, 64) * size
+            agrees_with_the_model(qt, x)
+            error = (cpu.matmul(x, cpu.pack(qt), "exact").double() - x.double() @ weight.T).abs()
+            rounded = 1e-6 * x.double().abs() @ weight.abs().T
+            assert (error <= rounded + 2.0**-149 * (1 + weight.abs().sum(1))).all(), (size, m)
+
+
+@built
+def test_each_instruction_set_has_its_own_arithmetic() -> None:
+    """In exact with two rows each adds in another order, so none stands in for another. AVX-VNNI
+    shares AVX2's, and its integers are those of every other.
+    """
+    assert KERN is not None
+    packed, x = cpu.pack(make(48, 1024, 128)), rows(2, 1024)
+    results = {}
+    for name in ISAS:
+        KERN.kern_select(name.encode())
+        results[name] = cpu.matmul(x, packed, "exact")
+    KERN.kern_select(None)
+    names = [name for name in ISAS if name != "avxvnni"]
+    for i, name in enumerate(names):
+        for other in names[:i]:
+            assert not torch.equal(results[name], results[other]), (name, other)

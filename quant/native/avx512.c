@@ -12,7 +12,7 @@
 #define PANEL_ROWS 12
 #define PANEL_ROWS_CODES 6
 #define PANEL_TILES 2
-#define CASES_CODES CASES8
+#define CASES_CODES(call) CASES4(call) CASE(5, call) CASE(6, call)
 #define CASES_FAST CASES8
 #define CASES_EXACT CASES8
 #define CASES_PANEL(call) CASES8(call) CASE(9, call) CASE(10, call) CASE(11, call) CASE(12, call)
