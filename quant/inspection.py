@@ -12,9 +12,10 @@ from quant.formats.gguf_vocabulary import vocabulary
 from quant.geometry import fitting_group_size, linear_shapes
 from quant.llama.config import LlamaConfig
 from quant.packing import unpack
-from quant.plan import Job, make_plan
+from quant.plan import make_plan
 from quant.runtimes import Facts, Verdict, verdicts
 from quant.sources import open_checkpoint
+from quant.workload import Job
 
 
 def describe(path: Path) -> dict[str, str]:

@@ -1,15 +1,7 @@
-"""What a run will take, counted from the geometry before it starts: work, time, memory, disk.
+"""What a run will take, before it starts: time, memory, disk.
 
-Per layer with T tokens, P weights, input widths n (one for each group of linears that share an
-input) and r rows on each:
-
-    forward    2 P T + 2 T seq_len width (causal attention); gate and up twice where not kept
-    Hessian    (1 + 1/8) n^2 T, a triangle in panels of n / 8 and at least 128
-    Cholesky   n^3 / 3
-    solve      r n^2, and 4 r n^2 for the errors of the result and of round-to-nearest
-
-Rates are measured on this machine in about two seconds: a float32 matrix product, and the disk.
-Memory is counted at the widest moment, when down_proj is solved.
+Work and memory are counted in workload.py. Rates are measured on this machine in about two seconds:
+a float32 product as the run makes them, and the disk.
 """
 
 from __future__ import annotations
@@ -20,42 +12,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calib.capture import Budget
-from calib.hidden import Storage
 from quant.checkpoint import CheckpointReader
-from quant.config import QuantConfig
-from quant.geometry import linear_shapes
-from quant.llama.config import LlamaConfig
-from quant.llama.model import LINEAR_GROUPS
 from quant.machine import Rates, available_memory, nearest_folder
 from quant.partial import partial_path
+from quant.workload import (
+    COSTS,
+    ELEMENT_COST,
+    Job,
+    elements,
+    packed_bytes,
+    peak_bytes,
+    states_bytes,
+    tuning,
+    work,
+)
 
 _SHARD_BYTES = 4 << 30  # joined beside its parts
-_BASE_BYTES = 450_000_000  # torch, the tokenizer, the calibration text
-_SQUARES = 5  # matrices of down_proj's width: the Hessian, and what factoring it takes
-_STACKS = 6  # matrices of the shape that is solved: weights, errors, codes, their values
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is planned: a model of `weight_bytes` per weight, windows, how they are held,
-    whether the float model runs beside the quantized one, the passes of tuning at the end, and the
-    products of a weight with its Hessian beyond those of plain GPTQ.
-    """
-
-    llama: LlamaConfig
-    config: QuantConfig
-    windows: int
-    seq_len: int
-    weight_bytes: float
-    storage: Storage = Storage()  # noqa: RUF009 - frozen
-    budget: Budget = Budget()  # noqa: RUF009 - frozen
-    beside: bool = False
-    tuning: int = 0
-    extra_products: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.windows * self.seq_len
+_START_SECONDS, _LAYER_SECONDS = 1.5, 0.06  # checks and reading back; files of a layer
 
 
 @dataclass(frozen=True)
@@ -65,6 +38,7 @@ class Plan:
     layers: int
     tokens: int
     flops: dict[str, float]
+    cost: float  # operations of a large product that take as long as all of the work
     memory: int
     states: int  # hidden states of two layer boundaries
     spilled: int
@@ -81,7 +55,8 @@ class Plan:
 
     def seconds(self, rates: Rates) -> float:
         """Time at the measured rates; the disk works while a layer is computed."""
-        return max(sum(self.flops.values()) / rates.flops, self.written / rates.disk)
+        least = _START_SECONDS + _LAYER_SECONDS * self.layers
+        return least + max(self.cost / rates.flops, self.written / rates.disk)
 
     @property
     def written(self) -> float:
@@ -103,68 +78,26 @@ class Plan:
 
 def make_plan(job: Job) -> Plan:
     """Count a run."""
-    llama, tokens = job.llama, job.tokens
-    shapes = linear_shapes(llama)
-    weights = sum(out * width for out, width in shapes.values())
-    groups = [(sum(shapes[n][0] for n in names), shapes[names[0]][1]) for names in LINEAR_GROUPS]
-    wide = llama.num_attention_heads * llama.head_dim
-    states = 2 * tokens * max(llama.hidden_size, wide) * job.storage.dtype.itemsize
-    down = tokens * llama.intermediate_size * 4
-    kept = min(down, job.budget.keep_bytes)
-    again = 4 * llama.hidden_size * llama.intermediate_size * tokens * (1 - kept / down)
-    products = 5 + job.extra_products + (2 if job.beside else 0)  # beside: judged twice
-    per_layer = {
-        "forward": 2 * weights * tokens + 2 * tokens * job.seq_len * wide + again,
-        "Hessian": sum(width * (width + max(128, -(-width // 8))) * tokens for _, width in groups),
-        "Cholesky": sum(width**3 / 3 for _, width in groups),
-        "solve": sum(products * rows * width**2 for rows, width in groups),
-    }
+    llama, flops, memory = job.llama, work(job), peak_bytes(job)
+    longer = sum(count * COSTS[part] for part, count in flops.items())
+    if job.tuning:
+        flops["tuning"], tuning_memory = tuning(job)
+        longer += flops["tuning"] * COSTS["forward"]
+        memory = max(memory, tuning_memory)
     heads = 1 if llama.tie_word_embeddings else 2
     plain = heads * llama.vocab_size * llama.hidden_size * job.weight_bytes
-    group = job.config.group_size if job.config.group_size > 0 else llama.hidden_size
-    packed = weights * (job.config.bits / 8 + (2 + job.config.bits / 8) / group)
-    output = int(llama.num_hidden_layers * packed + plain)
-    batch = max(job.budget.batch_tokens, job.seq_len) * llama.intermediate_size * 4 * 3
-    solving = max(_SQUARES * width**2 + _STACKS * rows * width for rows, width in groups) * 4
-    memory = _BASE_BYTES + max(solving, batch) + kept + packed
-    memory += weights * (4 + job.weight_bytes) + (0 if job.storage.spill else states)
-    streams = 2 if job.beside else 1
-    if job.beside:
-        per_layer["forward"] *= 2
-        per_layer["Hessian"] += sum(2 * width**2 * tokens for _, width in groups[:-1])
-        per_layer["Hessian"] += sum(2 * rows * width * tokens for rows, width in groups[1::2])
-        memory += 4 * weights + kept + (0 if job.storage.spill else states)
-    flops = {part: count * llama.num_hidden_layers for part, count in per_layer.items()}
-    if job.tuning:
-        flops["tuning"], tuning_memory = _tuning(job, weights, states, group)
-        memory = max(memory, tuning_memory)
+    states, streams = states_bytes(job), 2 if job.beside else 1
     return Plan(
         layers=llama.num_hidden_layers,
-        tokens=tokens,
+        tokens=job.tokens,
         flops=flops,
+        cost=longer + ELEMENT_COST * elements(job),
         memory=int(memory),
         states=states,
         spilled=streams * states if job.storage.spill else 0,
-        output=output,
+        output=int(llama.num_hidden_layers * packed_bytes(job) + plain),
         tuned=job.tuning > 0,
     )
-
-
-def _tuning(job: Job, weights: int, states: int, group: int) -> tuple[float, float]:
-    """Work and memory of tuning, for layers of `weights` weights.
-
-    A pass is a forward, a second one with gradients and the backward, 8 operations a weight and
-    token, and 6 for a weight of the head. In memory are seven values for each scale, the head and
-    the embedding, one layer's weights and gradients with the codes as they are read, and of one
-    window the input of every layer and what a layer makes of it.
-    """
-    llama, layers = job.llama, job.llama.num_hidden_layers
-    head = llama.vocab_size * llama.hidden_size
-    work = job.tokens * (job.tuning * (8 * weights * layers + 6 * head) + 2 * weights * layers)
-    window = 4 * job.seq_len * (layers * llama.hidden_size + 6 * llama.intermediate_size)
-    memory = _BASE_BYTES + 7 * 4 * layers * weights / group + head * (4 + job.weight_bytes)
-    memory += 16 * weights + window + (0 if job.storage.spill else states)
-    return work, memory
 
 
 def fit_memory(job: Job, limit: int, folder: Path) -> Job:

@@ -19,7 +19,8 @@ LAYERS = [
     ["quant.resume", "quant.follower", "quant.run_options", "quant.model_card", "quant.plan"]
     + ["quant.report_page"],
     ["quant.linear", "quant.report", "quant.verification", "quant.contenders"]
-    + ["quant.runtimes", "quant.group_solver", "quant.layer_inputs", "quant.finished_layers"],
+    + ["quant.runtimes", "quant.group_solver", "quant.layer_inputs", "quant.finished_layers"]
+    + ["quant.workload"],
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.sources", "quant.layer_reader", "quant.fingerprint", "quant.partial", "quant.machine"]
     + ["quant.added_tokens", "quant.code_counts"],

@@ -22,7 +22,8 @@ from quant.llama.config import LlamaConfig
 from quant.llama.model import DecoderLayer
 from quant.machine import Rates
 from quant.native import products
-from quant.plan import Job, check_room, fit_memory, make_plan, parse_size
+from quant.plan import check_room, fit_memory, make_plan, parse_size
+from quant.workload import Job
 
 ROOT = Path(__file__).parents[1]
 LLAMA = LlamaConfig(2080, 128, 256, 3, 4, 2, 32)
@@ -43,13 +44,13 @@ def test_work_equals_what_torch_counts(keep_bytes: int, monkeypatch: pytest.Monk
     made = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     attention = 2 * 512 * 64 * 128
     flops = make_plan(job).flops
-    assert flops["forward"] == 3 * (made + attention)
-    assert flops["Hessian"] == 3 * 512 * (3 * 128 * 256 + 256 * 384)
+    assert flops["forward"] == 3 * made and flops["attention"] == 3 * attention
+    assert flops["Hessian"] == 3 * 512 * (3 * 128 * 128 + 256 * 256)
 
 
 def test_sizes_of_the_standard_geometry() -> None:
     plan = make_plan(SEVEN_B)
-    assert abs(plan.flops["forward"] / 3.54e15 - 1.43) < 0.02  # gate and up are computed twice
+    assert abs(plan.flops["forward"] / 3.4e15 - 1.45) < 0.02  # gate and up are computed twice
     assert abs(plan.output / 3.9e9 - 1) < 0.03  # Llama-2-7B-GPTQ, g128, is 3.9 GB
     assert plan.states == 2 * 262144 * 4096 * 4
     halved = make_plan(replace(SEVEN_B, storage=Storage(torch.bfloat16)))

@@ -18,12 +18,13 @@ from quant import QuantConfig, quantize_checkpoint
 from quant.group_solver import solve_group
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
-from quant.plan import Job, make_plan
+from quant.plan import make_plan
 from quant.run_options import RunOptions, Step
 from quant.solvers import gptq
 from quant.solvers.gptq import GPTQOptions
 from quant.solvers.target import towards_float
 from quant.sources import open_checkpoint
+from quant.workload import Job
 
 
 @pytest.fixture

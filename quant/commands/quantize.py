@@ -69,9 +69,10 @@ def quantize(
     from quant.llama.config import LlamaConfig
     from quant.loader import resolve_device
     from quant.output import refuse_existing
-    from quant.plan import Job, fit_memory, parse_size, weight_bytes
+    from quant.plan import fit_memory, parse_size, weight_bytes
     from quant.run_options import RunOptions
     from quant.sources import open_checkpoint
+    from quant.workload import Job
 
     reader = open_checkpoint(model)
     llama = LlamaConfig.from_dict(reader.config)

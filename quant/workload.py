@@ -1,0 +1,166 @@
+"""What a run has to do and to hold, counted from the geometry. With T tokens, P weights of a layer,
+input widths n (one for each group of linears that share an input) and r rows on each, a layer takes
+
+    forward    2 P T, gate and up twice where their product is not kept
+    attention  2 T seq_len width, causal
+    Hessian    n^2 T, one triangle
+    Cholesky   n^3 / 3
+    solve      r n^2 for the columns, and 2 r n^2 for the energy of W and round-to-nearest's error
+
+Not all of it runs at the rate of a large product: the costs below say how much longer each part
+takes, read off `benchmarks/parts.py`. Memory is counted at the solve of each group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from calib.capture import Budget
+from calib.hidden import Storage
+from quant.config import QuantConfig
+from quant.geometry import linear_shapes
+from quant.llama.config import LlamaConfig
+from quant.llama.model import LINEAR_GROUPS
+
+COSTS = {"forward": 1.2, "attention": 5.0, "Hessian": 1.3, "Cholesky": 1.7, "solve": 1.6}
+ELEMENT_COST = 800  # operations in the time of one activation through norms and SiLU
+_BASE_BYTES = 460_000_000  # torch, the tokenizer, the calibration text
+_SQUARES = 2  # matrices of a group's width: the Hessian and its factor
+_STACKS = 1.5  # of the shape that is solved: errors, and codes twice; one more where linears join
+_GATHERED = 3072  # columns of a weight that are gathered or corrected at a time
+_AIMING = 4  # matrices of a group's width while a weight is aimed: H and D, H damped, its factor
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned: a model of `weight_bytes` per weight, windows, how they are held,
+    whether the float model runs beside the quantized one, the passes of tuning at the end, and the
+    products of a weight with its Hessian beyond those of plain GPTQ.
+    """
+
+    llama: LlamaConfig
+    config: QuantConfig
+    windows: int
+    seq_len: int
+    weight_bytes: float
+    storage: Storage = Storage()  # noqa: RUF009 - frozen
+    budget: Budget = Budget()  # noqa: RUF009 - frozen
+    beside: bool = False
+    tuning: int = 0
+    extra_products: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.windows * self.seq_len
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that share an input: their rows together, its width, how many they are."""
+
+    rows: int
+    width: int
+    linears: int
+
+
+def groups_of(llama: LlamaConfig) -> list[Group]:
+    """The groups of one layer, in the order of LINEAR_GROUPS."""
+    shapes = linear_shapes(llama)
+    return [
+        Group(sum(shapes[name][0] for name in names), shapes[names[0]][1], len(names))
+        for names in LINEAR_GROUPS
+    ]
+
+
+def weights_of(llama: LlamaConfig) -> int:
+    """Weights of the linears of one layer."""
+    return sum(group.rows * group.width for group in groups_of(llama))
+
+
+def work(job: Job) -> dict[str, float]:
+    """Operations of the whole run, by part."""
+    llama, tokens, groups = job.llama, job.tokens, groups_of(job.llama)
+    wide = llama.num_attention_heads * llama.head_dim
+    again = 4 * llama.hidden_size * llama.intermediate_size * tokens * (1 - _kept(job) / _down(job))
+    streams = 2 if job.beside else 1
+    products = 3 + job.extra_products + (2 if job.beside else 0)  # beside: judged twice
+    layer = {
+        "forward": streams * (2 * weights_of(llama) * tokens + again),
+        "attention": streams * 2 * tokens * job.seq_len * wide,
+        "Hessian": sum(group.width**2 * tokens for group in groups),
+        "Cholesky": sum(group.width**3 / 3 for group in groups),
+        "solve": sum(products * group.rows * group.width**2 for group in groups),
+    }
+    if job.beside:
+        layer["Hessian"] += sum(2 * group.width**2 * tokens for group in groups[:-1])
+        layer["Hessian"] += sum(2 * group.rows * group.width * tokens for group in groups[1::2])
+    return {part: count * llama.num_hidden_layers for part, count in layer.items()}
+
+
+def elements(job: Job) -> float:
+    """Activations that pass through norms and SiLU."""
+    llama = job.llama
+    width = 2 * llama.hidden_size + llama.intermediate_size * (2 - _kept(job) / _down(job))
+    return job.tokens * width * llama.num_hidden_layers * (2 if job.beside else 1)
+
+
+def states_bytes(job: Job) -> int:
+    """Hidden states of two layer boundaries, or what a layer stores in their place."""
+    wide = job.llama.num_attention_heads * job.llama.head_dim
+    return 2 * job.tokens * max(job.llama.hidden_size, wide) * job.storage.dtype.itemsize
+
+
+def packed_bytes(job: Job) -> float:
+    """The quantized linears of one layer."""
+    bits, size = job.config.bits, job.config.group_size
+    group = size if size > 0 else job.llama.hidden_size
+    return weights_of(job.llama) * (bits / 8 + (2 + bits / 8) / group)
+
+
+def peak_bytes(job: Job) -> float:
+    """Memory at the widest moment."""
+    llama, groups = job.llama, groups_of(job.llama)
+    held = states_bytes(job) * (0 if job.storage.spill else 2 if job.beside else 1)
+    embedding = llama.vocab_size * llama.hidden_size * job.weight_bytes
+    moments = [2.5 * embedding]  # its check: the mapped file and what tells of each value
+    mlp = sum(group.rows * group.width for group in groups[2:])
+    batch = max(job.budget.batch_tokens, job.seq_len) * llama.intermediate_size * 4 * 3
+    for index, group in enumerate(groups):
+        weights = mlp if index >= 2 else weights_of(llama)  # attention has gone by then
+        beside = weights_of(llama) if job.beside else 0
+        kept = _kept(job) * (2 if job.beside else 1) if index == 3 else 0
+        stacks = (_STACKS + (group.linears > 1)) * group.rows * group.width
+        solving = _SQUARES * group.width**2 + stacks + _GATHERED * group.rows
+        if job.beside and index < 3:
+            solving = max(_AIMING * group.width**2 + 2 * group.rows * group.width, solving)
+        taking = group.width**2 + batch / 4
+        moments.append(4 * (weights + beside + max(solving, taking)) + kept + held)
+    return _BASE_BYTES + packed_bytes(job) + max(moments)
+
+
+def _down(job: Job) -> int:
+    """Bytes of the input of down_proj."""
+    return job.tokens * job.llama.intermediate_size * 4
+
+
+def _kept(job: Job) -> int:
+    """What of it is kept rather than computed twice."""
+    return min(_down(job), job.budget.keep_bytes)
+
+
+def tuning(job: Job) -> tuple[float, float]:
+    """Work and memory of tuning.
+
+    A pass is a forward, a second one with gradients and the backward, 8 operations a weight and
+    token, and 6 for a weight of the head. In memory are seven values for each scale, the head and
+    the embedding, one layer's weights and gradients with the codes as they are read, and of one
+    window the input of every layer and what a layer makes of it.
+    """
+    llama, layers = job.llama, job.llama.num_hidden_layers
+    head, weights = llama.vocab_size * llama.hidden_size, weights_of(llama)
+    group = job.config.group_size if job.config.group_size > 0 else llama.hidden_size
+    work = job.tokens * (job.tuning * (8 * weights * layers + 6 * head) + 2 * weights * layers)
+    window = 4 * job.seq_len * (layers * llama.hidden_size + 6 * llama.intermediate_size)
+    memory = _BASE_BYTES + 7 * 4 * layers * weights / group + head * (4 + job.weight_bytes)
+    memory += 16 * weights + window + (0 if job.storage.spill else states_bytes(job))
+    return work, memory
