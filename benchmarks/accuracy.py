@@ -1,13 +1,13 @@
 """What each setting loses: quantize with each, over calibration draws, and evaluate on texts.
 
     python benchmarks/accuracy.py --model FOLDER --calib calib.txt --eval wiki=a.txt code=b.txt \
-        --settings rtn plain fast balanced fast+sweeps=2 --draws 3 --json results.json
+        --settings rtn plain fast balanced plain+sweeps=2 --draws 3 --json results.json
 
-A setting is "rtn", "plain" (published GPTQ), or an effort, with fields of GPTQOptions changed after
-a "+". Draw d calibrates on the d-th run of consecutive windows of the calibration text. Models are
-compared window by window, so the standard errors are of paired differences. Results already in the
-JSON file are kept, not computed again; checkpoints of other tools are added with
-`--checkpoint NAME:DRAW=FOLDER`.
+A setting is "rtn", "plain" (published GPTQ), "weighted" (with searched scales), or an effort, with
+fields of GPTQOptions changed after a "+". Draw d calibrates on the d-th run of consecutive windows
+of the calibration text. Models are compared window by window, so the standard errors are of paired
+differences. Results already in the JSON file are kept, not computed again; checkpoints of other
+tools are added with `--checkpoint NAME:DRAW=FOLDER`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ from quant.solvers.gptq import EFFORTS, GPTQOptions
 from quant.solvers.rtn import RTNOptions
 
 _JUDGED = 16  # windows of the first text that judge the linears one by one
-BASES: dict[str, Any] = {"rtn": RTNOptions(), "plain": GPTQOptions(scales="minmax"), **EFFORTS}
+BASES: dict[str, Any] = {
+    "rtn": RTNOptions(),
+    "plain": GPTQOptions(scales="minmax"),
+    "weighted": GPTQOptions(),
+    **EFFORTS,
+}
 
 
 def options_of(setting: str) -> Any:

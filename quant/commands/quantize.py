@@ -55,7 +55,7 @@ def quantize(
     seq_len: Length = None,
     seed: Seed = 0,
     solver: Solver = "gptq",
-    effort: Effort = "fast",
+    effort: Effort = "balanced",
     act_order: ActOrder = True,
     damp: Damp = 0.01,
     device: Device = "auto",

@@ -21,7 +21,7 @@ falling diag(H) (act-order) and the codes are put back in place: no runtime ever
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -103,11 +103,9 @@ class GPTQOptions:
         return 2 * self.sweeps + 5 * self.refits
 
 
-EFFORTS = {
-    "fast": GPTQOptions(),
-    "balanced": GPTQOptions(target=0.5),
-    "max": GPTQOptions(target=0.5, tuning=3),
-}
+_FAST = GPTQOptions(scales="signed", sweeps=1, refits=1)
+_BALANCED = replace(_FAST, target=0.5, residual=0.5)
+EFFORTS = {"fast": _FAST, "balanced": _BALANCED, "max": replace(_BALANCED, tuning=3)}
 
 
 def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Solution:
