@@ -23,6 +23,7 @@ from quant.grid import QuantizedTensor
 from quant.layer_reader import build_layer
 from quant.llama.config import LlamaConfig
 from quant.llama.model import DecoderLayer, RMSNorm
+from quant.native.products import product
 
 FINAL_NORM = "model.norm.weight"
 _LOGITS = 1 << 24  # at a time: 64 MB in float32, three times
@@ -101,15 +102,16 @@ class Student:
         tensors |= {name: self.values[prefix + name] for name in tensors if _is_norm(name)}
         return build_layer(self.llama, tensors, device), linears
 
-    def divergence(self, lesson: Lesson, batches: tuple[Tensor, ...]) -> float:
-        """The loss over batches of windows, given as their indices."""
+    @torch.no_grad()
+    def divergence(self, lesson: Lesson) -> float:
+        """The loss over all windows of a lesson, each counting the same."""
         losses = []
-        for batch in batches:
-            x = self._inputs(lesson.windows[batch])[-1]
-            normed, _ = self._final(x)
-            losses.append(self._head(normed, lesson, batch)[0] * len(batch))
-        return sum(losses) / sum(len(batch) for batch in batches)
+        for batch in torch.arange(len(lesson.windows)).split(1):
+            normed, _ = self._final(self._inputs(lesson.windows[batch])[-1])
+            losses.append(self._head(normed, lesson, batch)[0])
+        return sum(losses) / len(losses)
 
+    @torch.enable_grad()
     def gradients(self, lesson: Lesson, batch: Tensor) -> tuple[float, dict[str, Tensor]]:
         """The loss of some windows, and its gradient to each of `values`."""
         inputs = self._inputs(lesson.windows[batch])
@@ -152,15 +154,39 @@ class Student:
         """The loss, and its gradient to the normed states (windows, tokens, hidden)."""
         flat, target, shares = normed.flatten(0, 1), lesson.target(batch), lesson.weights(batch)
         slope, loss = torch.empty_like(flat), 0.0
-        for rows in torch.arange(len(flat)).split(max(1, _LOGITS // len(self.head))):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            log_q = torch.log_softmax(flat[part] @ self.head.T, -1)
-            log_p = torch.log_softmax(target[part] @ self.head.T, -1)
+        for part in _parts(len(flat), len(self.head)):
+            log_q = torch.log_softmax(product(flat[part], self.head.T), -1)
+            log_p = torch.log_softmax(product(target[part], self.head.T), -1)
             p = log_p.exp()
             each = log_p.sub_(log_q).mul_(p).sum(-1)
             loss += float((each * shares[part]).sum())
-            slope[part] = log_q.exp_().sub_(p).mul_(shares[part, None]) @ self.head
+            slope[part] = product(log_q.exp_().sub_(p).mul_(shares[part, None]), self.head)
         return loss, slope.view_as(normed)
+
+
+@torch.no_grad()
+def retell(lesson: Lesson, head: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """The windows with a share of their tokens drawn anew from what the float model predicts there.
+
+    Returns:
+        (windows, tokens) ids, the first of each window as it was.
+    """
+    told = lesson.windows.clone()
+    for index, window in enumerate(told):
+        target = lesson.target(torch.tensor([index]))[:-1]
+        for part in _parts(len(target), len(head)):
+            p = torch.softmax(product(target[part], head.T), -1).cpu()
+            drawn = torch.multinomial(p, 1, generator=generator)[:, 0]
+            chosen = torch.rand(len(drawn), generator=generator) < share
+            rows = slice(part.start + 1, part.start + 1 + len(drawn))
+            window[rows] = torch.where(chosen, drawn, window[rows])
+    return told
+
+
+def _parts(tokens: int, vocab_size: int) -> list[slice]:
+    """Slices of as many tokens as have their logits in memory at a time."""
+    step = max(1, _LOGITS // vocab_size)
+    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
 def _is_norm(name: str) -> bool:

@@ -47,9 +47,16 @@ class Run:
     options: RunOptions
     windows: Tensor  # of all processes
     mask: Tensor | None
+    held_out: Any = None  # windows and mask that tuning is judged by
     writer: Any = None
     journal: Any = None
     digests: dict[str, str] = field(default_factory=dict)  # of the layer at work
+
+    @property
+    def all_windows(self) -> Tensor:
+        """Those that are solved for, then those held out."""
+        held_out = [] if self.held_out is None else [self.held_out[0]]
+        return torch.cat([self.windows, *held_out])
 
     @property
     def device(self) -> torch.device:

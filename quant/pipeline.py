@@ -44,7 +44,7 @@ from quant.run_options import RunOptions
 from quant.solvers import solver_name
 from quant.solvers.gptq import GPTQOptions
 from quant.sources import open_checkpoint
-from quant.tuning import check_tuning, tune_run
+from quant.tuning import hold_out, tune_run
 from quant.verification import verify
 
 
@@ -82,7 +82,7 @@ def quantize_checkpoint(
     mask = check_windows(windows, attention_mask, llama.vocab_size)
     with distributed.joined(), torch.inference_mode():
         run = Run(reader, llama, config, solver, run_options, windows, mask)
-        check_tuning(run)
+        hold_out(run)
         if distributed.rank() == 0:
             report = _lead(run, output, start)
         else:
@@ -95,7 +95,7 @@ def _lead(run: Run, output: Path, start: float) -> Report:
     options, config = run.options, run.config
     settings = {"solver": solver_name(run.solver), **vars(run.solver)}
     all_settings = {**asdict(config), **settings, **options.numerics()}
-    marks = fingerprint(run.reader, run.windows, run.mask, all_settings)
+    marks = fingerprint(run.reader, run.all_windows, run.mask, all_settings)
     with partial_folder(output, options.resume, options.overwrite) as folder:
         shards = CheckpointWriter(folder)
         run.writer = FORMATS["autogptq"].Writer(folder, config, settings, shards)
@@ -105,7 +105,7 @@ def _lead(run: Run, output: Path, start: float) -> Report:
         finally:
             journal.close()
         layers = [LayerReport.from_dict(d.report) for d in journal.layers if d.report]
-        path, windows = run.reader.path, run.windows
+        path, windows = run.reader.path, run.all_windows
         report = Report.of_run(path, output, config, settings, windows, layers, start)
         report = replace(report.with_data(options.data), forecast=options.forecast)
         report = replace(report, tuning=journal.tuning)

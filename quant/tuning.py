@@ -1,127 +1,147 @@
-"""The last pass of `--effort max`: scales and norms of all layers, moved by the gradient of the
+"""The last step of `--effort max`: scales and norms of all layers, moved by the gradient of the
 divergence from the float model (quant.distill).
 
-Every value is its start times a factor; Adam moves the factors, a step for every batch of windows.
-One window in eight teaches nothing and judges: after each pass over the others, values are rounded
-to what the file holds (float16 scales, norms in the checkpoint's dtype) and measured on it. The
-best of these is kept, and only if it is better than the start.
+One window in eight is held out, from the solver too, and judges: after every few windows, values
+are rounded to what the file holds (float16 scales, norms in the checkpoint's dtype) and measured on
+it. Where that is better, it is kept; where not, values go back to the best and steps become
+smaller. So the result is never worse on the windows that judge than what the solver made.
+
+There are more scales than tokens to learn from, but the float model has more to say: from the
+second pass on, 4 tokens in 10 are drawn anew from its own predictions, so that each pass has
+another text. Its answer to that is one forward, layer by layer.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quant import distributed
-from quant.distill import FINAL_NORM, Lesson, Student
+from quant.distill import FINAL_NORM, Lesson, Student, retell
 from quant.finished_layers import FinishedLayers
 from quant.grid import LARGEST_SCALE, SMALLEST_SCALE
-from quant.layer_loop import Run, copy_plain, original_states
+from quant.layer_inputs import advance_float, embed, empty_states
+from quant.layer_loop import Run, copy_plain
 from quant.llama.model import RMSNorm
 from quant.resume import Finished
 from quant.run_options import TuningPass
 from quant.verification import digest
 
 EMBEDDING = "model.embed_tokens.weight"
-_RATE = 1e-3  # of a factor in a step, at the most; see docs/accuracy.md
+_RATE = 2e-4  # of its size a value moves in a step, at first
+_FASTER, _SLOWER = 1.3, 3.0  # times, after steps that helped and that did not
+_STOP = 5e-6  # no smaller steps are tried
 _DECAYS = (0.9, 0.95)  # of Adam's means of the gradient and of its square
 _JUDGE = 8  # one window in so many is held out
-_BATCH = 1  # windows in a step
+_STEPS = 7  # windows, a step each, between two judgements
+_RETOLD = 0.4  # of the tokens, from the second pass on
+_SEED = 0
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What came of it: the loss on the held-out windows before, and after each pass; and the pass
-    whose values are kept, 0 for none.
-    """
+    """What came of it: the loss on the held-out windows before, and the best after each pass."""
 
     windows: int
     held_out: int
     before: float
     after: tuple[float, ...]
-    kept: int
+    kept: bool
 
     def summary(self) -> str:
         """What was gained, in one line."""
-        loss = "KL on held-out windows"
         if not self.kept:
-            return f"tuning: not kept, {loss} {self.before:.5f} -> {min(self.after):.5f} at best"
-        after, passes = self.after[self.kept - 1], len(self.after)
-        return f"tuning: {loss} {self.before:.5f} -> {after:.5f}, pass {self.kept} of {passes} kept"
+            return "tuning: nothing was better on held-out windows; values stay as they were"
+        return f"tuning: KL on held-out windows {self.before:.5f} -> {self.after[-1]:.5f}"
 
 
 class _Adam:
-    """Factors of one tensor, and Adam's two means."""
+    """Adam's two means of a tensor; its steps are relative to what the tensor was at first."""
 
     def __init__(self, start: Tensor) -> None:
-        self.start, self.factors = start, torch.ones_like(start)
+        self.size = start.abs()
         self.mean, self.square = torch.zeros_like(start), torch.zeros_like(start)
 
-    def step(self, gradient: Tensor, rate: float, count: int) -> Tensor:
-        """The tensor after step number `count`, from 1."""
-        gradient = gradient * self.start
+    def step(self, value: Tensor, gradient: Tensor, rate: float, count: int) -> Tensor:
+        """The value after step number `count`, from 1."""
+        gradient = gradient * self.size
         self.mean.lerp_(gradient, 1 - _DECAYS[0])
         self.square.lerp_(gradient.square(), 1 - _DECAYS[1])
         mean = self.mean / (1 - _DECAYS[0] ** count)
         spread = (self.square / (1 - _DECAYS[1] ** count)).sqrt_().add_(1e-20)
-        self.factors.addcdiv_(mean, spread, value=-rate).clamp_(0.5, 2)
-        return self.start * self.factors
+        return value - rate * self.size * mean / spread
+
+
+class _Search:
+    """The best values found, and how far the next steps go."""
+
+    def __init__(self, student: Student, judge: Lesson, dtypes: dict[str, torch.dtype]) -> None:
+        self.student, self.judge, self.dtypes = student, judge, dtypes
+        self.adams = {name: _Adam(value) for name, value in student.values.items()}
+        self.rate, self.count = _RATE, 0
+        self.best = self.before = student.divergence(judge)
+        self.moved = self.stored = dict(student.values)  # the best, and as a file holds it
+
+    def advance(self, lesson: Lesson, windows: Tensor) -> None:
+        """A step for each of these windows; then the values are the best so far."""
+        student = self.student
+        for batch in windows.split(1):
+            _, gradients = student.gradients(lesson, batch)
+            self.count += 1
+            for name, gradient in gradients.items():
+                step = self.adams[name].step(student.values[name], gradient, self.rate, self.count)
+                student.values[name] = step
+        moved = dict(student.values)
+        student.values = rounded(moved, self.dtypes)
+        loss = student.divergence(self.judge)
+        if loss < self.best:
+            self.best, self.moved, self.stored = loss, moved, student.values
+            self.rate *= _FASTER
+        else:
+            self.rate /= _SLOWER
+        student.values = dict(self.moved)
 
 
 def tune(
     student: Student,
-    lesson: Lesson,
+    judge: Lesson,
+    lessons: Iterator[Lesson],
     passes: int,
     dtypes: dict[str, torch.dtype],
-    seed: int = 0,
     on_pass: Callable[[TuningPass], None] = lambda done: None,
 ) -> Tuning:
     """Move the values of `student` to the best found; what they start from if nothing is better.
 
     Args:
         student: its values are those of a file.
-        lesson: at least two windows.
-        passes: over the windows that teach.
+        judge: the windows that are held out.
+        lessons: what is learned from in each pass.
+        passes: at most so many.
         dtypes: of the values whose name is there in the file; float16 for the others.
-        seed: of the order of the windows.
     """
-    held_out, taught = split(len(lesson.windows))
-    judges = held_out.split(_BATCH)
-    before = best = student.divergence(lesson, judges)
-    kept, values, after = 0, dict(student.values), []
-    adams = {name: _Adam(value) for name, value in values.items()}
-    steps, count = passes * math.ceil(len(taught) / _BATCH), 0
-    generator = torch.Generator().manual_seed(seed)
-    for number in range(1, passes + 1):
-        for batch in taught[torch.randperm(len(taught), generator=generator)].split(_BATCH):
-            _, gradients = student.gradients(lesson, batch)
-            rate, count = _rate(count / steps), count + 1
-            for name, gradient in gradients.items():
-                student.values[name] = adams[name].step(gradient, rate, count)
-        moved = dict(student.values)
-        student.values = rounded(moved, dtypes)
-        after.append(student.divergence(lesson, judges))
-        if after[-1] < best:
-            best, kept, values = after[-1], number, student.values
-        on_pass(TuningPass(number, passes, before, after[-1]))
-        student.values = moved
-    student.values = values
-    return Tuning(len(taught), len(held_out), before, tuple(after), kept)
+    search = _Search(student, judge, dtypes)
+    generator = torch.Generator().manual_seed(_SEED)
+    after: list[float] = []
+    taught = 0
+    while len(after) < passes and search.rate > _STOP:
+        lesson = next(lessons)
+        taught = len(lesson.windows)
+        for windows in torch.randperm(taught, generator=generator).split(_STEPS):
+            search.advance(lesson, windows)
+        after.append(search.best)
+        on_pass(TuningPass(len(after), passes, search.before, search.best))
+    student.values = search.stored
+    better = search.best < search.before
+    return Tuning(taught, len(judge.windows), search.before, tuple(after), better)
 
 
 def split(windows: int) -> tuple[Tensor, Tensor]:
     """The indices of the windows that judge, one in eight and at least one, and of the others."""
     judging = torch.arange(windows) % _JUDGE == min(_JUDGE, windows) - 1
     return judging.nonzero().flatten(), (~judging).nonzero().flatten()
-
-
-def _rate(done: float) -> float:
-    """Half a cosine, from the full rate to a fiftieth."""
-    return _RATE * max(0.02, 0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def rounded(values: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
@@ -134,8 +154,8 @@ def rounded(values: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[s
     return result
 
 
-def check_tuning(run: Run) -> None:
-    """Refuse what tuning cannot work with.
+def hold_out(run: Run) -> None:
+    """Set the windows that judge aside, so that the solver does not see them.
 
     Raises:
         ValueError: there is one window only, or there are several processes.
@@ -146,6 +166,10 @@ def check_tuning(run: Run) -> None:
         raise ValueError("tuning: 1 window; at least 2 are needed, one of which judges")
     if distributed.world_size() > 1:
         raise ValueError("tuning is not divided among processes; run it in one")
+    held_out, others = split(len(run.windows))
+    mask = run.mask
+    run.held_out = run.windows[held_out], None if mask is None else mask[held_out]
+    run.windows, run.mask = run.windows[others], None if mask is None else mask[others]
 
 
 def tune_run(run: Run) -> None:
@@ -153,30 +177,46 @@ def tune_run(run: Run) -> None:
     passes, journal = getattr(run.solver, "tuning", 0), run.journal
     if not passes or journal.tuning is not None:
         return
-    with torch.inference_mode(False):
-        student, lesson, dtypes = _student(run)
-        tuning = tune(student, lesson, passes, dtypes, on_pass=run.options.on_pass)
+    with torch.inference_mode(False), torch.no_grad():
+        student, norm = _student(run)
+        held_out, mask = run.held_out
+        judge = next(_lessons(run, held_out, mask, norm, student.head))
+        lessons = _lessons(run, run.windows, run.mask, norm, student.head)
+        stored = run.reader.tensor(FINAL_NORM).dtype
+        dtypes = {name: stored for name in student.values if name.endswith("norm.weight")}
+        tuning = tune(student, judge, lessons, passes, dtypes, run.options.on_pass)
     records = _write_again(run, student) if tuning.kept else []
     journal.end_tuning(asdict(tuning), records)
 
 
-def _student(run: Run) -> tuple[Student, Lesson, dict[str, torch.dtype]]:
-    """The quantized model, the float model's hidden states, and the dtypes of the norms."""
+def _student(run: Run) -> tuple[Student, RMSNorm]:
+    """The quantized model, and the final norm of the float model."""
     reader, llama, journal = run.reader, run.llama, run.journal
-    parts = [layer.parts for layer in journal.layers]
     norm = RMSNorm(llama.hidden_size, llama.rms_norm_eps)
-    stored = reader.tensor(FINAL_NORM)
-    norm.load_state_dict({"weight": stored.to(run.device, torch.float32)}, assign=True)
+    weight = reader.tensor(FINAL_NORM).to(run.device, torch.float32)
+    norm.load_state_dict({"weight": weight}, assign=True)
     norm.requires_grad_(False)
     embedding = reader.tensor(EMBEDDING).clone()
     head = embedding if llama.tie_word_embeddings else reader.tensor("lm_head.weight").clone()
     head = head.to(run.device, torch.float32)
+    parts = [layer.parts for layer in journal.layers]
     layers = FinishedLayers(journal.folder, parts, run.config)
-    student = Student(llama, layers, embedding, head, norm)
-    with torch.no_grad():
-        states = original_states(run, run.windows, len(parts))
-    dtypes = {name: stored.dtype for name in student.values if name.endswith("norm.weight")}
-    return student, Lesson(run.windows, run.mask, states, norm), dtypes
+    return Student(llama, layers, embedding, head, norm), norm
+
+
+def _lessons(
+    run: Run, windows: Tensor, mask: Tensor | None, norm: RMSNorm, head: Tensor
+) -> Iterator[Lesson]:
+    """The windows as they are, then again and again with some of their tokens told anew."""
+    generator = torch.Generator().manual_seed(_SEED)
+    states = empty_states(run.llama, windows, run.options.storage)
+    while True:
+        embed(run.reader, states, windows)
+        compute = (run.device, run.options.budget)
+        advance_float(run.reader, run.llama, states, run.llama.num_hidden_layers, compute)
+        lesson = Lesson(windows, mask, states, norm)
+        yield lesson
+        windows = retell(lesson, head, _RETOLD, generator)
 
 
 def _write_again(run: Run, student: Student) -> list[Finished]:

@@ -78,3 +78,13 @@ def test_what_the_library_cannot_take_goes_to_torch() -> None:
     products.linear(torch.ones(200, 300), weight).sum().backward()
     assert weight.grad is not None
     assert products.product(torch.ones(200, 600)[:, ::2], torch.ones(300, 300))[0, 0] == 300
+
+
+@built
+def test_gradients_of_a_linear(any_work: None) -> None:
+    x, weight = random(3, 40, 70).requires_grad_(), random(50, 70, seed=1).requires_grad_()
+    slope = random(3, 40, 50, seed=2)
+    (products.linear(x, weight) * slope).sum().backward()
+    assert x.grad is not None and weight.grad is not None
+    assert_close(x.grad, slope.double() @ weight.double())
+    assert_close(weight.grad, slope.flatten(0, 1).double().T @ x.flatten(0, 1).double())

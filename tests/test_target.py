@@ -248,7 +248,7 @@ def test_efforts_are_what_their_names_say() -> None:
     fast = GPTQOptions(scales="signed", sweeps=1, refits=1)
     assert gptq.EFFORTS["fast"] == fast and not fast.needs_float
     assert gptq.EFFORTS["balanced"] == replace(fast, target=0.5, residual=0.5)
-    assert gptq.EFFORTS["max"] == replace(fast, target=0.5, residual=0.5, tuning=3)
+    assert gptq.EFFORTS["max"] == replace(fast, target=0.5, residual=0.5, tuning=2)
 
 
 def test_a_resumed_run_aims_at_the_same_target(make_checkpoint: Callable[..., Path]) -> None:

@@ -7,6 +7,7 @@ does not use them. Each function here is one line of torch and says which.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,9 @@ class _Product(ctypes.Structure):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias): x (..., in), weight (out, in)."""
     rows = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and bias is None and (x.requires_grad or weight.requires_grad):
+        out: Tensor = _Linear.apply(rows, weight)  # type: ignore[no-untyped-call]
+        return out.view(*x.shape[:-1], len(weight))
     if len(rows) < 16 or not _can(rows, weight):
         return F.linear(x, weight, bias)
     out = torch.empty(len(rows), len(weight))
@@ -40,6 +44,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], len(weight))
+
+
+class _Linear(torch.autograd.Function):
+    """x @ weight.T, its gradients by the same products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.T)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        return product(slope, weight), product(slope.T, x)
 
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:

@@ -105,7 +105,7 @@ class GPTQOptions:
 
 _FAST = GPTQOptions(scales="signed", sweeps=1, refits=1)
 _BALANCED = replace(_FAST, target=0.5, residual=0.5)
-EFFORTS = {"fast": _FAST, "balanced": _BALANCED, "max": replace(_BALANCED, tuning=3)}
+EFFORTS = {"fast": _FAST, "balanced": _BALANCED, "max": replace(_BALANCED, tuning=2)}
 
 
 def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Solution:
