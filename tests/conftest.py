@@ -12,6 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from quant.config import QuantConfig
+from quant.export import Source
+from quant.formats import autogptq
+from quant.grid import QuantizedTensor, fit_minmax, nearest_codes
+from quant.sources import open_checkpoint
+
 BUNDLED = Path(__file__).parents[1] / "quant" / "bundled"
 GEOMETRY = {
     "model_type": "llama",
@@ -101,3 +107,28 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 def windows() -> torch.Tensor:
     """8 windows of 64 token ids."""
     return torch.randint(0, 2048, (8, 64), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def quantized(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """quantized(config, **geometry): a tiny model rounded to that grid, in the GPTQ format."""
+
+    def make(config: QuantConfig, **geometry: Any) -> Path:
+        source, folder = make_checkpoint(**geometry), tmp_path / "out"
+        folder.mkdir()
+        writer = autogptq.Writer(folder, config, {})
+        for name, tensor in Source.open(source).entries():
+            assert isinstance(tensor, torch.Tensor)
+            if name.endswith("_proj.weight"):
+                grid = fit_minmax(tensor.float(), config)
+                grid.scales[::2] *= -1  # the formats take both signs
+                codes = nearest_codes(tensor.float(), grid)
+                writer.add_quantized(name.removesuffix(".weight"), QuantizedTensor(codes, grid))
+            else:
+                writer.add_plain(name, tensor)
+        reader = open_checkpoint(source)
+        writer.close(reader.config)
+        reader.copy_companions(folder)
+        return folder
+
+    return make

@@ -1,14 +1,24 @@
-"""Seeded damage for the tests of readers: bytes, and values of JSON."""
+"""Seeded damage for the tests of readers, bytes and values of JSON; and how a reader may end."""
 
 from __future__ import annotations
 
 import copy
 import json
 import random
+import re
 import struct
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+# Every message says which file, key or tensor is at fault.
+NAMES_ITS_PLACE = re.compile(
+    r"\.(json|safetensors|bin|pth|gguf|model)\b|model\.\S|lm_head|embed_tokens|weight|tensor "
+    r"|quantization|bits|group_size|/[\w.]+: "
+)
+ROOM = 256 << 20  # bytes that a reader of a file below 2 MB may take
 NUMBERS = (0, 1, 2, 127, 255, 1 << 15, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
 LONG_NUMBERS = (*NUMBERS, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 VALUES: tuple[Any, ...] = (
@@ -73,3 +83,34 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield value, key
         if isinstance(inner, dict | list):
             yield from _places(inner)
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Let the process grow by ROOM at most, where the system can say so."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        yield
+        return
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, old)
+
+
+def ends_well(read: Callable[[], Any]) -> bool:
+    """Whether the file was read; if not, the error is one of ours."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read()
+    except (ValueError, OSError) as error:
+        assert NAMES_ITS_PLACE.search(str(error)), f"no place in: {error!r}"
+        assert not isinstance(error, UnicodeError), repr(error)
+        return False
+    return True

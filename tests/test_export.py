@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from quant.config import QuantConfig
 from quant.export import Source, export
 from quant.formats import autogptq
-from quant.grid import Grid, QuantizedTensor, fit_minmax, nearest_codes
+from quant.grid import Grid, QuantizedTensor
 from quant.loader import load_model
 from quant.sources import open_checkpoint
-from quant.stream_writer import StreamWriter
 
 Make = Callable[..., Path]
 MOVING = ("autogptq", "gptq_v2", "compressed-tensors")
@@ -42,30 +41,6 @@ def assert_same(left: Path, right: Path) -> None:
             assert (value.group_index is None) == (other.group_index is None), name
         else:
             assert torch.equal(value, other) and value.dtype == other.dtype, name
-
-
-@pytest.fixture
-def quantized(make_checkpoint: Make, tmp_path: Path) -> Callable[..., Path]:
-    """quantized(config, **geometry): a tiny model rounded to that grid, in the GPTQ format."""
-
-    def make(config: QuantConfig, **geometry: Any) -> Path:
-        source, folder = make_checkpoint(**geometry), tmp_path / "out"
-        folder.mkdir()
-        writer = autogptq.Writer(folder, config, {})
-        for name, tensor in entries(source).items():
-            if name.endswith("_proj.weight"):
-                grid = fit_minmax(tensor.float(), config)
-                grid.scales[::2] *= -1  # the formats take both signs
-                codes = nearest_codes(tensor.float(), grid)
-                writer.add_quantized(name.removesuffix(".weight"), QuantizedTensor(codes, grid))
-            else:
-                writer.add_plain(name, tensor)
-        reader = open_checkpoint(source)
-        writer.close(reader.config)
-        reader.copy_companions(folder)
-        return folder
-
-    return make
 
 
 GRIDS = [(bits, 64, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
@@ -110,26 +85,6 @@ def test_the_layout_of_compressed_tensors(quantized: Callable[..., Path], tmp_pa
     assert packed[name + "weight_shape"].tolist() == [128, 256]
     stored = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
     assert stored["ignore"] == ["lm_head"] and stored["format"] == "pack-quantized"
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_float_folders(quantized: Callable[..., Path], tmp_path: Path, dtype: str) -> None:
-    source = quantized(QuantConfig(4, 64, symmetric=False))
-    done = export(source, tmp_path / "float", dtype)
-    mine, theirs = entries(source), entries(tmp_path / "float")
-    wanted = getattr(torch, dtype)
-    for name, value in mine.items():
-        if isinstance(value, QuantizedTensor):
-            assert torch.equal(theirs[f"{name}.weight"], value.dequantize().to(wanted))
-        else:
-            assert torch.equal(theirs[name], value.to(wanted))
-    assert bool(done.notes) == (dtype != "float32")
-    config = json.loads((tmp_path / "float" / "config.json").read_text())
-    assert config["torch_dtype"] == dtype and "quantization_config" not in config
-    if dtype == "float32":
-        ids = torch.arange(20)[None]
-        load = lambda path: load_model(path, "cpu", precision="exact")(ids)  # noqa: E731
-        assert (load(source) - load(tmp_path / "float")).abs().max() < 1e-4
 
 
 def one_linear(folder: Path, zeros: int, version: int, index: torch.Tensor | None = None) -> Path:
@@ -197,36 +152,6 @@ def test_a_tied_head_is_written_once(make_checkpoint: Make, tmp_path: Path) -> N
     export(source, tmp_path / "float", "float32")
     names = open_checkpoint(tmp_path / "float").names()
     assert "lm_head.weight" not in names and "model.embed_tokens.weight" in names
-
-
-def test_a_value_too_large_for_float16_is_refused(make_checkpoint: Make, tmp_path: Path) -> None:
-    source = make_checkpoint(dtype=torch.float32)
-    export(source, tmp_path / "ok", "float16")
-    path = source / "model-00001-of-00002.safetensors"
-    state = load_file(path)
-    name = next(iter(state))
-    state[name][0, 0] = 1e6
-    save_file(state, path)
-    with pytest.raises(ValueError, match=f"{name}: holds values that are not finite"):
-        export(source, tmp_path / "bad", "float16")
-
-
-def test_shards_split_by_size_and_by_header(tmp_path: Path) -> None:
-    """Many tensors in little room for names: several whole shards, in the order of arrival."""
-    tensors = {f"{'name' * 30}.{i}": torch.full((3, i + 1), i) for i in range(40)}
-    (tmp_path / "a").mkdir()
-    for sizes in ({"tensors": 1}, {"tensors": 100, "shard_bytes": 2000}):
-        writer = StreamWriter(tmp_path / "a", **sizes)
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
-        writer.close()
-        (tmp_path / "a" / "config.json").write_text("{}")
-        reader = open_checkpoint(tmp_path / "a")
-        assert reader.names() == list(tensors)
-        assert all(torch.equal(reader.tensor(name), tensor) for name, tensor in tensors.items())
-        assert len(list((tmp_path / "a").glob("model-*-of-*.safetensors"))) > 3
-        for file in (tmp_path / "a").iterdir():
-            file.unlink()
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, (4, -1, True), (4, -1, False)])

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import struct
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import pytest
 import torch
 from conftest import BUNDLED, GEOMETRY, random_state
 from meta_release import write_meta
-from mutations import damaged_bytes, damaged_objects
+from mutations import damaged_bytes, damaged_objects, ends_well, little_memory
 from safetensors.torch import save_file
 
 from quant import QuantConfig, RTNOptions, quantize_checkpoint
@@ -28,7 +25,6 @@ from quant.loader import load_model
 from quant.sources import open_tokenizer
 
 MUTATIONS = int(os.environ.get("FUZZ_MUTATIONS", "100"))
-ROOM = 256 << 20  # bytes that a reader of a file below 2 MB may take
 SMALL = {
     **GEOMETRY,
     "vocab_size": 96,
@@ -39,42 +35,6 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 16,
 }
-# Every message says which file, key or tensor is at fault.
-NAMES_ITS_PLACE = re.compile(
-    r"\.(json|safetensors|bin|pth|gguf|model)\b|model\.\S|lm_head|embed_tokens|weight|tensor "
-    r"|quantization|bits|group_size|/[\w.]+: "
-)
-
-
-@contextmanager
-def little_memory() -> Iterator[None]:
-    """Let the process grow by ROOM at most, where the system can say so."""
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except (ImportError, OSError):
-        yield
-        return
-    old = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, old)
-
-
-def ends_well(read: Callable[[], Any]) -> bool:
-    """Whether the file was read; if not, the error is one of ours."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            read()
-    except (ValueError, OSError) as error:
-        assert NAMES_ITS_PLACE.search(str(error)), f"no place in: {error!r}"
-        assert not isinstance(error, UnicodeError), repr(error)
-        return False
-    return True
 
 
 def attack(file: Path, variants: Iterator[bytes], read: Callable[[], Any]) -> None:
