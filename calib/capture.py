@@ -106,6 +106,26 @@ def advance(
         deque(inputs, maxlen=0)
 
 
+def last_hessian(
+    norm: Any,
+    states: HiddenStates,
+    mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    budget: Budget = Budget(),  # noqa: B008
+) -> Hessian:
+    """The Hessian of what the head sees: the last layer's output behind the final norm.
+
+    Args:
+        norm: the final norm, on `device`.
+        states, mask, device, budget: as in `walk`.
+    """
+    hessian = Hessian(states.hidden_size, device)
+    for batch in _batches(states, budget.batch_tokens):
+        x = norm(states.present.read(batch, states.hidden_size).to(device))
+        hessian.add(x, None if mask is None else mask[batch])
+    return hessian
+
+
 _Inputs = Iterator[tuple[slice, Tensor]]  # batches of windows, and what a group of linears sees
 
 

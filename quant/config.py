@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 BITS = (2, 3, 4, 8)
 
@@ -16,6 +17,8 @@ class QuantConfig:
         group_size: input channels that share a scale and a zero, a multiple of 32; -1 is one group
             per row.
         symmetric: the zero is fixed at 2^(bits-1), else chosen per group.
+        modules: (name, config) of every linear whose grid is another one, and of `lm_head` if it is
+            quantized, which it otherwise is not.
 
     Raises:
         ValueError: bits or group_size is not one of these.
@@ -24,6 +27,7 @@ class QuantConfig:
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
+    modules: tuple[tuple[str, QuantConfig], ...] = ()
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -36,6 +40,29 @@ class QuantConfig:
                 f"group_size {self.group_size} is not supported; choose a multiple of 32, or -1 "
                 "for rows"
             )
+
+    def of(self, name: str) -> QuantConfig:
+        """The grid of the linear called `name`."""
+        return dict(self.modules).get(name, self.common)
+
+    @property
+    def common(self) -> QuantConfig:
+        """The grid of the linears that `modules` does not name."""
+        return replace(self, modules=())
+
+    @property
+    def has_head(self) -> bool:
+        """Whether `lm_head` is quantized."""
+        return any(name == "lm_head" for name, _ in self.modules)
+
+    def settings(self) -> dict[str, Any]:
+        """The attributes ready for JSON; `modules` by name, and only if there are some."""
+        facts: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size}
+        facts["symmetric"] = self.symmetric
+        modules = {
+            name: {"bits": own.bits, "group_size": own.group_size} for name, own in self.modules
+        }
+        return facts | ({"modules": modules} if modules else {})
 
     @property
     def max_code(self) -> int:

@@ -40,7 +40,10 @@ class FinishedLayers:
                 names = [name for name in file.keys() if name.startswith(prefix)]
                 stored |= {name.removeprefix(prefix): file.get_tensor(name) for name in names}
         read_module = FORMATS["autogptq"].read_module
-        linears = {name: read_module(name, stored, self._config) for name in sorted(LINEARS)}
+        linears = {
+            name: read_module(name, stored, self._config.of(prefix + name))
+            for name in sorted(LINEARS)
+        }
         plain = {
             name: tensor.clone()
             for name, tensor in stored.items()

@@ -1,4 +1,6 @@
-"""Whether a model's linears fit a grid and the packed format, decided before any work."""
+"""Whether a model's linears fit a grid and the packed format, and what they take there, decided
+before any work.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,68 @@ from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 
 
 def check_shapes(llama: LlamaConfig, config: QuantConfig) -> None:
-    """Refuse, before any work, a geometry that the group size or the packed format cannot hold."""
-    for name, (out_features, in_features) in linear_shapes(llama).items():
-        config.check(f"layers.*.{name}", in_features)
+    """Refuse, before any work, a geometry that the grids or the packed format cannot hold.
+
+    Raises:
+        ValueError: a group does not divide a linear, a shape cannot be packed, linears that share
+            an input have different grids, a grid is for no linear, or the head is tied.
+    """
+    kinds = linear_shapes(llama)
+    shapes = {f"layers.*.{name}": shape for name, shape in kinds.items()}
+    for name, (_, in_features) in shapes.items():
+        config.check(name, in_features)
+    for name, own in config.modules:
+        shapes[name] = _shape(name, llama, kinds)
+        own.check(name, shapes[name][1])
+    for name, (out_features, in_features) in shapes.items():
         if out_features % 32 or in_features % 32:
             raise ValueError(
-                f"layers.*.{name}: shape ({out_features}, {in_features}) cannot be packed; "
+                f"{name}: shape ({out_features}, {in_features}) cannot be packed; "
                 "the GPTQ format needs multiples of 32"
             )
+    for layer in range(llama.num_hidden_layers if config.modules else 0):
+        for group in LINEAR_GROUPS:
+            names = [f"model.layers.{layer}.{name}" for name in group]
+            if len({config.of(name) for name in names}) > 1:
+                raise ValueError(f"{', '.join(names)}: share an input and need the same grid")
+
+
+def stored_bytes(
+    llama: LlamaConfig, config: QuantConfig, weight_bytes: float
+) -> tuple[float, float]:
+    """Bytes of all quantized linears of the layers, and of embedding and head, of which what is not
+    quantized takes `weight_bytes` a weight.
+    """
+    shapes = linear_shapes(llama)
+    inside = sum(
+        out * width * _bytes_per_weight(config.of(f"model.layers.{layer}.{name}"), width)
+        for layer in range(llama.num_hidden_layers)
+        for name, (out, width) in shapes.items()
+    )
+    head = 0.0 if llama.tie_word_embeddings else weight_bytes
+    if config.has_head:
+        head = _bytes_per_weight(config.of("lm_head"), llama.hidden_size)
+    return inside, llama.vocab_size * llama.hidden_size * (weight_bytes + head)
+
+
+def _bytes_per_weight(config: QuantConfig, in_features: int) -> float:
+    """With its share of scale and zero."""
+    return config.bits / 8 + (2 + config.bits / 8) / config.width(in_features)
+
+
+def _shape(name: str, llama: LlamaConfig, kinds: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """(out_features, in_features) of a linear that has a grid of its own."""
+    if name == "lm_head":
+        if llama.tie_word_embeddings:
+            raise ValueError(
+                "lm_head: is tied to the embedding; quantized it would be a second matrix in the "
+                "file, so it is left as it is"
+            )
+        return llama.vocab_size, llama.hidden_size
+    prefix, _, kind = name.removeprefix("model.layers.").partition(".")
+    if not prefix.isdecimal() or int(prefix) >= llama.num_hidden_layers or kind not in kinds:
+        raise ValueError(f"{name}: is no linear of this model")
+    return kinds[kind]
 
 
 def fitting_group_size(llama: LlamaConfig, group_size: int) -> int:

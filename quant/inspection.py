@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -49,8 +50,20 @@ def describe(path: Path) -> dict[str, str]:
         return facts | {
             "format": form,
             "grid": f"{config.bits} bits, group size {config.group_size}, {kind}",
+            **_other_grids(config),
         }
     return facts | {"format": "float"} | _cost(llama, reader.size_bytes / parameters)
+
+
+def _other_grids(config: QuantConfig) -> dict[str, str]:
+    """The linears that have another grid, counted by it."""
+    counts = Counter((own.bits, own.group_size) for _, own in config.modules)
+    told = [
+        f"{count} linears with {bits} bits, group size {size}"
+        for (bits, size), count in sorted(counts.items())
+    ]
+    head = ["lm_head is quantized"] if config.has_head else []
+    return {"other grids": "; ".join(told + head)} if told else {}
 
 
 def will_it_load(path: Path) -> list[Verdict]:
@@ -66,10 +79,13 @@ def will_it_load(path: Path) -> list[Verdict]:
     if form == "autogptq":
         method = FORMATS[form].checkpoint_format(reader)
     shapes = {f"model.layers.0.{name}": shape for name, shape in linear_shapes(llama).items()}
+    config = None if form == "float" else FORMATS[form].quant_config(reader)
+    if config and config.has_head:
+        shapes["lm_head"] = llama.vocab_size, llama.hidden_size
     return verdicts(
         Facts(
             method,
-            None if form == "float" else FORMATS[form].quant_config(reader),
+            config,
             shapes,
             _shuffled(reader),
             _zero_zero(reader) if method == "gptq_v2" else "",
@@ -93,9 +109,9 @@ def _shuffled(reader: CheckpointReader) -> str:
 
 def _zero_zero(reader: CheckpointReader) -> str:
     """A linear with a zero of 0, or ""."""
-    bits = FORMATS["autogptq"].quant_config(reader).bits
+    config = FORMATS["autogptq"].quant_config(reader)
     for module in module_names(reader.names(), ".qzeros"):
-        words = reader.tensor(f"{module}.qzeros").T
+        words, bits = reader.tensor(f"{module}.qzeros").T, config.of(module).bits
         if not unpack(words, bits, words.shape[0] * 32 // bits).all():
             return module
     return ""

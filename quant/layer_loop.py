@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.capture import walk
+from calib.capture import last_hessian, walk
 from calib.hessian import Hessian
 from calib.hidden import HiddenStates
 from quant import distributed
@@ -28,7 +28,7 @@ from quant.group_solver import solve_group
 from quant.layer_inputs import advance_float, embed, empty_states
 from quant.layer_reader import LINEARS, LayerReader, build_layer, plain_tensors
 from quant.llama.config import LlamaConfig
-from quant.llama.model import LINEAR_GROUPS, DecoderLayer
+from quant.llama.model import LINEAR_GROUPS, DecoderLayer, RMSNorm
 from quant.report import LayerReport, LinearReport, peak_memory_bytes
 from quant.run_options import RunOptions, Step
 from quant.verification import digest
@@ -51,6 +51,7 @@ class Run:
     writer: Any = None
     journal: Any = None
     digests: dict[str, str] = field(default_factory=dict)  # of the layer at work
+    head: LayerReport | None = None  # of lm_head, once it is quantized
 
     @property
     def all_windows(self) -> Tensor:
@@ -68,8 +69,22 @@ def layers(run: Run, first: int) -> Iterator[Step]:
     mine = distributed.share(len(run.windows))  # of the windows
     states = _hidden_states(run, run.windows[mine], first)
     aiming = getattr(run.solver, "needs_float", False)
-    originals = original_states(run, run.windows[mine], first) if aiming else None
     mask = None if run.mask is None else run.mask[mine]
+    if first < run.llama.num_hidden_layers:
+        originals = original_states(run, run.windows[mine], first) if aiming else None
+        yield from _decoder_layers(run, first, states, originals, mask)
+    if run.config.has_head:
+        yield _quantize_head(run, states, mask)
+
+
+def _decoder_layers(
+    run: Run,
+    first: int,
+    states: HiddenStates,
+    originals: HiddenStates | None,
+    mask: Tensor | None,
+) -> Iterator[Step]:
+    """Quantize the layers from `first` on, and advance the hidden states through them."""
     start = time.perf_counter()
     reader = LayerReader(run.reader, run.llama)
     for index in range(first, run.llama.num_hidden_layers):
@@ -82,14 +97,16 @@ def layers(run: Run, first: int) -> Iterator[Step]:
             hessian = next(walking)
             if group == _MLP_INPUTS:
                 del layer.self_attn  # it has done its work, and solving the MLP takes most room
-            linears = _quantize_group(run, layer, prefix, group, hessian)
+            weights = {prefix + name: layer.linear(name).weight for name in group}
+            linears = _quantize_linears(run, weights, hessian)
+            del weights
             del hessian  # before the next one is made
             done += linears
             yield Step(index, run.llama.num_hidden_layers, tuple(linears))
         reader.ask(index + 1)
         deque(walking, maxlen=0)  # the layer's output
         seconds, start = time.perf_counter() - start, time.perf_counter()
-        report = LayerReport(tuple(done), round(seconds, 3), peak_memory_bytes())
+        report = LayerReport(str(index), tuple(done), round(seconds, 3), peak_memory_bytes())
         run.journal.commit_later(asdict(report), run.digests, states)
         run.digests = {}
 
@@ -100,6 +117,19 @@ def _build(run: Run, tensors: dict[str, Tensor], prefix: str) -> DecoderLayer:
         if name.removesuffix(".weight") not in LINEARS:
             run.writer.add_plain(prefix + name, tensor)
     return build_layer(run.llama, tensors, run.device)
+
+
+def _quantize_head(run: Run, states: HiddenStates, mask: Tensor | None) -> Step:
+    """Quantize lm_head behind the last layer; the caller makes it durable with what is copied."""
+    start, layers = time.perf_counter(), run.llama.num_hidden_layers
+    norm = RMSNorm(run.llama.hidden_size, run.llama.rms_norm_eps).to(run.device)
+    norm.weight.copy_(run.reader.tensor("model.norm.weight"))
+    hessian = last_hessian(norm, states, mask, run.device, run.options.budget)
+    weight = run.reader.tensor("lm_head.weight").to(run.device, torch.float32, copy=True)
+    linears = tuple(_quantize_linears(run, {"lm_head": weight}, hessian))
+    seconds = round(time.perf_counter() - start, 3)
+    run.head = LayerReport("head", linears, seconds, peak_memory_bytes())
+    return Step(layers, layers, linears)
 
 
 def _complete_(hessian: Hessian, name: str) -> None:
@@ -134,28 +164,30 @@ def original_states(run: Run, windows: Tensor, first: int) -> HiddenStates:
     return states
 
 
-def _quantize_group(
-    run: Run, layer: DecoderLayer, prefix: str, group: tuple[str, ...], hessian: Hessian
+def _quantize_linears(
+    run: Run, weights: Mapping[str, Tensor], hessian: Hessian
 ) -> list[LinearReport]:
-    """Solve a group of linears; write the codes, put their values into the layer."""
-    _complete_(hessian, prefix + group[0])
-    weights: list[Tensor] = [layer.linear(name).weight for name in group]
+    """Solve linears of one input; write their codes, put what these mean into the weights."""
+    first = next(iter(weights))
+    _complete_(hessian, first)
     reports = []
-    solved = solve_group(weights, hessian, run.config, run.solver)
-    for name, weight, one in zip(group, weights, solved, strict=True):
-        run.writer.add_quantized(prefix + name, one.tensor)
-        run.digests[prefix + name] = digest(one.tensor)
+    solved = solve_group(list(weights.values()), hessian, run.config.of(first), run.solver)
+    for (name, weight), one in zip(weights.items(), solved, strict=True):
+        run.writer.add_quantized(name, one.tensor)
+        run.digests[name] = digest(one.tensor)
         weight.copy_(one.tensor.dequantize())
         facts = (one.error, one.rtn_error, one.damp, hessian.tokens, weight.shape[1], one.notes)
         counts = CodeCounts.of(one.tensor)
-        reports.append(LinearReport(prefix + name, *facts, counts, *one.aim_errors))
+        reports.append(LinearReport(name, *facts, counts, *one.aim_errors))
     return reports
 
 
 def copy_plain(run: Run, moved: Mapping[str, Tensor] = MappingProxyType({})) -> None:
     """Embedding, final norm and head as they are, or with the values in `moved`; a head that
-    repeats the embedding is left out.
+    repeats the embedding, or is quantized, is left out.
     """
     for name in plain_tensors(run.llama):
+        if name == "lm_head.weight" and run.config.has_head:
+            continue
         tensor = run.reader.tensor(name)
         run.writer.add_plain(name, moved.get(name, tensor).to(tensor.dtype))

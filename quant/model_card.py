@@ -50,6 +50,7 @@ def _card(report: dict[str, Any], config: dict[str, Any], quality: str) -> str:
         "bits": settings["bits"],
         "group size": group,
         "zeros": "symmetric" if settings["symmetric"] else "asymmetric",
+        **({"other grids": _others(settings["modules"])} if "modules" in settings else {}),
         "solver": _solver(settings),
         "calibration": _calibration(report["calibration"]),
         "mean relative error of a linear's output": f"{sum(errors) / len(errors):.5f}",
@@ -80,9 +81,17 @@ def _base_model(report: dict[str, Any], config: dict[str, Any]) -> tuple[str, bo
 
 def _solver(settings: dict[str, Any]) -> str:
     """The solver with its options."""
-    stored = ("bits", "group_size", "symmetric", "solver")
+    stored = ("bits", "group_size", "symmetric", "solver", "modules")
     options = [f"{key} {value}" for key, value in settings.items() if key not in stored]
     return ", ".join([settings["solver"], *options])
+
+
+def _others(modules: dict[str, dict[str, int]]) -> str:
+    """The linears that have another grid."""
+    if len(modules) > 3:
+        return f"{len(modules)} linears, listed in quantize_report.json"
+    grids = modules.items()
+    return ", ".join(f"{n}: {g['bits']} bits, groups of {g['group_size']}" for n, g in grids)
 
 
 def _calibration(calibration: dict[str, Any]) -> str:

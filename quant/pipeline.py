@@ -63,7 +63,7 @@ def quantize_checkpoint(
         model: folder of the float checkpoint (safetensors or pytorch_model*.bin).
         output: folder to make; it appears whole at the end, or not at all.
         windows: (windows, tokens) int64 token ids to calibrate on.
-        config: bits, group size, symmetric.
+        config: bits, group size, symmetric; linears with another grid, and whether the head is one.
         solver: the options of one of SOLVERS; their class says which.
         run_options: device, resume, memory, progress.
         attention_mask: (windows, tokens), 0 for padding, which must be on the right.
@@ -94,7 +94,7 @@ def _lead(run: Run, output: Path, start: float) -> Report:
     """What the first process does: of a single one, everything."""
     options, config = run.options, run.config
     settings = {"solver": solver_name(run.solver), **vars(run.solver)}
-    all_settings = {**asdict(config), **settings, **options.numerics()}
+    all_settings = {**config.settings(), **settings, **options.numerics()}
     marks = fingerprint(run.reader, run.all_windows, run.mask, all_settings)
     with partial_folder(output, options.resume, options.overwrite) as folder:
         shards = CheckpointWriter(folder)
@@ -133,7 +133,7 @@ def _fill(run: Run) -> None:
     tune_run(run)
     if len(journal.layers) == run.llama.num_hidden_layers:
         copy_plain(run)
-        journal.commit_plain()
+        journal.commit_plain(asdict(run.head) if run.head else {}, run.digests)
     run.writer.close(run.reader.config)
     run.reader.copy_companions(journal.folder)
     verify(journal.folder, {k: v for layer in journal.layers for k, v in layer.digests.items()})
@@ -142,7 +142,7 @@ def _fill(run: Run) -> None:
 def _quantize_layers(run: Run) -> None:
     """Quantize the layers that are not finished yet, and wait until they are durable."""
     first = distributed.from_first(lambda: len(run.journal.layers))
-    if first < run.llama.num_hidden_layers:
+    if first < run.llama.num_hidden_layers + run.config.has_head:
         for step in layers(run, first):
             run.options.on_step(step)
         run.journal.wait()

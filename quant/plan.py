@@ -13,6 +13,7 @@ from pathlib import Path
 
 from calib.capture import Budget
 from quant.checkpoint import CheckpointReader
+from quant.geometry import stored_bytes
 from quant.machine import Rates, available_memory, nearest_folder
 from quant.partial import partial_path
 from quant.workload import (
@@ -20,7 +21,6 @@ from quant.workload import (
     ELEMENT_COST,
     Job,
     elements,
-    packed_bytes,
     peak_bytes,
     states_bytes,
     tuning,
@@ -84,8 +84,7 @@ def make_plan(job: Job) -> Plan:
         flops["tuning"], tuning_memory = tuning(job)
         longer += flops["tuning"] * COSTS["forward"]
         memory = max(memory, tuning_memory)
-    heads = 1 if llama.tie_word_embeddings else 2
-    plain = heads * llama.vocab_size * llama.hidden_size * job.weight_bytes
+    inside, outside = stored_bytes(llama, job.config, job.weight_bytes)
     states, streams = states_bytes(job), 2 if job.beside else 1
     return Plan(
         layers=llama.num_hidden_layers,
@@ -95,7 +94,7 @@ def make_plan(job: Job) -> Plan:
         memory=int(memory),
         states=states,
         spilled=streams * states if job.storage.spill else 0,
-        output=int(llama.num_hidden_layers * packed_bytes(job) + plain),
+        output=int(inside + outside),
         tuned=job.tuning > 0,
     )
 

@@ -48,7 +48,9 @@ class StepPrinter:
         self._errors += [linear.relative_error for linear in step.linears]
         mean = sum(self._errors) / len(self._errors)
         stage = " ".join(linear.name.rpartition(".")[2] for linear in step.linears)
-        label = f"layer {step.layer + 1}/{step.num_layers}"
+        label = "head"
+        if step.layer < step.num_layers:
+            label = f"layer {step.layer + 1}/{step.num_layers}"
         self._bar.update(
             self._task,
             advance=1,
@@ -56,9 +58,9 @@ class StepPrinter:
             description=label,
             note=f"{stage}  relative error {mean:.5f}",
         )
-        if not self._console.is_terminal and stage.endswith("down_proj"):
+        if not self._console.is_terminal and stage.endswith(("down_proj", "lm_head")):
             elapsed = time.perf_counter() - self._start
-            remaining = elapsed / (step.layer + 1) * (step.num_layers - step.layer - 1)
+            remaining = elapsed / (step.layer + 1) * max(0, step.num_layers - step.layer - 1)
             self._console.print(
                 f"{label}  relative error {mean:.5f}  {elapsed:.0f} s, about {remaining:.0f} s left"
             )

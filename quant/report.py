@@ -71,8 +71,9 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: its linears, the time it took, and the peak of memory until its end."""
+    """One layer, or the head: its linears, the time it took, the peak of memory until its end."""
 
+    name: str
     linears: tuple[LinearReport, ...]
     seconds: float
     peak_memory_bytes: int | None
@@ -89,8 +90,8 @@ class Report:
     """The whole run.
 
     Attributes:
-        layers: seconds and peak_memory_bytes of each layer, in order; those that an earlier run
-            finished are as they were there.
+        layers: name, seconds and peak_memory_bytes of each layer, in order, and of a quantized
+            head; those that an earlier run finished are as they were there.
         evaluations: what `eval` measured, one for each text and protocol.
         tuning: what quant.tuning did after the linears were solved, whose errors are those before
             it; None without any.
@@ -126,7 +127,7 @@ class Report:
         return cls(
             model=str(model.resolve()),
             output=str(output.resolve()),
-            settings={**asdict(config), **settings},
+            settings={**config.settings(), **settings},
             calibration=shape,
             seconds=round(time.perf_counter() - start, 2),
             peak_memory_bytes=peak_memory_bytes(),
@@ -137,8 +138,8 @@ class Report:
             },
             linears=tuple(linear for layer in layers for linear in layer.linears),
             layers=tuple(
-                {"seconds": layer.seconds, "peak_memory_bytes": layer.peak_memory_bytes}
-                for layer in layers
+                {"name": o.name, "seconds": o.seconds, "peak_memory_bytes": o.peak_memory_bytes}
+                for o in layers
             ),
         )
 

@@ -101,9 +101,9 @@ class Journal:
             for window, raw in enumerate(distributed.deal(stored, self.windows, size)):
                 states.restore(window, raw)
 
-    def commit_plain(self) -> None:
+    def commit_plain(self, report: dict[str, Any], digests: dict[str, str]) -> None:
         """Make what was added to the writer behind the last layer durable, before returning."""
-        self.commit_later({}, {}, None)
+        self.commit_later(report, digests, None)
         self.wait()
 
     def commit_later(

@@ -40,6 +40,12 @@ class Facts:
     gguf_obstacle: str = ""
 
     @property
+    def bits(self) -> dict[str, int]:
+        """All numbers of bits: of most linears, called "bits", and each other with a linear."""
+        others = {own.bits: name for name, own in self.grid.modules}
+        return {name: bits for bits, name in {**others, self.grid.bits: "bits"}.items()}
+
+    @property
     def grid(self) -> QuantConfig:
         assert self.config is not None
         return self.config
@@ -91,7 +97,8 @@ def check_target(runtime: str, config: QuantConfig, shapes: dict[str, tuple[int,
     Raises:
         ValueError: the runtime is unknown, or would not load the result.
     """
-    facts = Facts("gptq" if config.symmetric else "gptq_v2", config, shapes)
+    method = "gptq" if config.symmetric else "gptq_v2"
+    facts = Facts(method, config, shapes, quantized_head=config.has_head)
     found = verdict(runtime, facts)
     if not found.loads:
         raise ValueError(f"--target {runtime} will not load the result: {found.why}")
@@ -100,11 +107,11 @@ def check_target(runtime: str, config: QuantConfig, shapes: dict[str, tuple[int,
 def _transformers(facts: Facts) -> Iterator[Rule]:
     if facts.method == "float":
         return
-    yield (
-        not facts.settings_in_config,
-        "reads settings from config.json alone; quantization_config is missing there",
-    )
+    alone = "reads settings from config.json alone; quantization_config is missing there"
+    yield not facts.settings_in_config, alone
     yield facts.quantized_head, "converts linears under model.layers alone; lm_head is quantized"
+    others = [name for name, own in facts.grid.modules if own != facts.grid.common]
+    yield bool(others), f"reads one grid for all linears; {others[:1]} has another (dynamic)"
     if facts.method == "compressed-tensors":
         yield (
             not facts.grid.symmetric,
@@ -119,7 +126,8 @@ def _vllm(facts: Facts) -> Iterator[Rule]:
         return
     grid, compressed = facts.grid, facts.method == "compressed-tensors"
     asymmetric = compressed and grid.bits == 4
-    yield grid.bits not in (4, 8), f"takes 4 and 8 bits; bits is {grid.bits}"
+    for name, bits in facts.bits.items():
+        yield bits not in (4, 8), f"takes 4 and 8 bits; {name} is {bits}"
     yield (
         not grid.symmetric and not asymmetric,
         "takes asymmetric grids as compressed-tensors of 4 bits alone; symmetric is false",
@@ -144,12 +152,13 @@ def _sglang(facts: Facts) -> Iterator[Rule]:
 def _exllamav2(facts: Facts) -> Iterator[Rule]:
     if facts.method == "float":
         return
-    grid, size = facts.grid, facts.grid.group_size
+    size = facts.grid.group_size
     yield (
         facts.method == "compressed-tensors",
         "finds quantized linears by .qweight; compressed-tensors has none",
     )
-    yield grid.bits != 4, f"takes 4 bits; bits is {grid.bits}"
+    for name, bits in facts.bits.items():
+        yield bits != 4, f"takes 4 bits; {name} is {bits}"
     yield (
         size != -1 and bool(size & (size - 1)),
         f"takes groups of a power of two; group_size is {size}",
@@ -183,17 +192,19 @@ def _llama_cpp(facts: Facts) -> Iterator[Rule]:
     if facts.config is not None:
         grid = facts.grid
         yield bool(facts.shuffled), f"blocks are consecutive inputs; {facts.shuffled} is shuffled"
-        yield (
-            grid.bits != 4 and not (grid.bits == 8 and grid.symmetric),
-            f"has blocks for 4 bits, and for 8 bits symmetric; bits is {grid.bits}"
-            f"{'' if grid.symmetric else ', asymmetric'}",
-        )
+        for name, bits in facts.bits.items():
+            yield (
+                bits != 4 and not (bits == 8 and grid.symmetric),
+                f"has blocks for 4 bits, and for 8 bits symmetric; {name} is {bits}"
+                f"{'' if grid.symmetric else ', asymmetric'}",
+            )
         yield from _multiples(facts, 1, 32)
 
 
 def _marlin_groups(facts: Facts) -> Iterator[Rule]:
-    size = facts.grid.group_size
-    yield size not in (-1, 32, 64, 128), f"takes groups of 32, 64, 128 or -1; group_size is {size}"
+    for size in {own.group_size for own in (facts.grid, *dict(facts.grid.modules).values())}:
+        taken = size in (-1, 32, 64, 128)
+        yield not taken, f"takes groups of 32, 64, 128 or -1; group_size is {size}"
     yield from _group_divides(facts)
 
 

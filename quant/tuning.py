@@ -158,7 +158,7 @@ def hold_out(run: Run) -> None:
     """Set the windows that judge aside, so that the solver does not see them.
 
     Raises:
-        ValueError: there is one window only, or there are several processes.
+        ValueError: there is one window only, there are several processes, or the head is quantized.
     """
     if not getattr(run.solver, "tuning", 0):
         return
@@ -166,6 +166,8 @@ def hold_out(run: Run) -> None:
         raise ValueError("tuning: 1 window; at least 2 are needed, one of which judges")
     if distributed.world_size() > 1:
         raise ValueError("tuning is not divided among processes; run it in one")
+    if run.config.has_head:
+        raise ValueError("tuning needs the float head; quantize the head with another effort")
     held_out, others = split(len(run.windows))
     mask = run.mask
     run.held_out = run.windows[held_out], None if mask is None else mask[held_out]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from calib.capture import Budget
 from calib.hidden import Storage
 from quant.config import QuantConfig
-from quant.geometry import linear_shapes
+from quant.geometry import linear_shapes, stored_bytes
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS
 
@@ -94,7 +94,13 @@ def work(job: Job) -> dict[str, float]:
     if job.beside:
         layer["Hessian"] += sum(2 * group.width**2 * tokens for group in groups[:-1])
         layer["Hessian"] += sum(2 * group.rows * group.width * tokens for group in groups[1::2])
-    return {part: count * llama.num_hidden_layers for part, count in layer.items()}
+    counts = {part: count * llama.num_hidden_layers for part, count in layer.items()}
+    if job.config.has_head:
+        width, rows = llama.hidden_size, llama.vocab_size
+        counts["Hessian"] += width**2 * tokens
+        counts["Cholesky"] += width**3 / 3
+        counts["solve"] += (3 + job.extra_products) * rows * width**2
+    return counts
 
 
 def elements(job: Job) -> float:
@@ -111,10 +117,9 @@ def states_bytes(job: Job) -> int:
 
 
 def packed_bytes(job: Job) -> float:
-    """The quantized linears of one layer."""
-    bits, size = job.config.bits, job.config.group_size
-    group = size if size > 0 else job.llama.hidden_size
-    return weights_of(job.llama) * (bits / 8 + (2 + bits / 8) / group)
+    """The quantized linears of one layer, on average."""
+    inside, _ = stored_bytes(job.llama, job.config, job.weight_bytes)
+    return inside / job.llama.num_hidden_layers
 
 
 def peak_bytes(job: Job) -> float:
@@ -135,6 +140,10 @@ def peak_bytes(job: Job) -> float:
             solving = max(_AIMING * group.width**2 + 2 * group.rows * group.width, solving)
         taking = group.width**2 + batch / 4
         moments.append(4 * (weights + beside + max(solving, taking)) + kept + held)
+    if job.config.has_head:
+        width, rows = llama.hidden_size, llama.vocab_size
+        solving = _SQUARES * width**2 + (_STACKS + 1) * rows * width + _GATHERED * rows
+        moments.append(4 * solving + held)
     return _BASE_BYTES + packed_bytes(job) + max(moments)
 
 

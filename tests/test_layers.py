@@ -26,7 +26,7 @@ LAYERS = [
     + ["quant.added_tokens", "quant.code_counts"],
     ["quant.grid", "quant.packing", "quant.checkpoint", "quant.checkpoint_writer"]
     + ["quant.output", "quant.geometry", "quant.stream_writer"],
-    ["quant.config", "quant.llama", "quant.distributed", "calib", "quant.durable"],
+    ["quant.config", "quant.llama", "quant.distributed", "calib", "quant.durable", "quant.units"],
     ["quant.watch", "quant.native"],
 ]
 

@@ -28,6 +28,7 @@ from quant.commands.quantize_options import (
     Damp,
     Effort,
     GroupSize,
+    HeadBits,
     Length,
     Output,
     Overwrite,
@@ -50,6 +51,7 @@ def quantize(
     bits: Bits = 4,
     group_size: GroupSize = 128,
     sym: Symmetric = True,
+    lm_head_bits: HeadBits = None,
     calib: Calibration = None,
     samples: Samples = 128,
     seq_len: Length = None,
@@ -66,6 +68,7 @@ def quantize(
 ) -> None:
     """Quantize a float checkpoint, layer by layer, into a folder that GPTQ readers load."""
     from quant.config import QuantConfig
+    from quant.geometry import check_shapes
     from quant.llama.config import LlamaConfig
     from quant.loader import resolve_device
     from quant.output import refuse_existing
@@ -77,6 +80,10 @@ def quantize(
     reader = open_checkpoint(model)
     llama = LlamaConfig.from_dict(reader.config)
     config = _fitting(llama, QuantConfig(bits, group_size, sym))
+    if lm_head_bits is not None:
+        head = QuantConfig(lm_head_bits, config.group_size, sym)
+        config = replace(config, modules=(("lm_head", head),))
+    check_shapes(llama, config)
     if target:
         _check_target(target, llama, config)
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
@@ -132,6 +139,8 @@ def _check_target(target: str, llama: Any, config: Any) -> None:
     from quant.runtimes import check_target
 
     shapes = {f"model.layers.*.{name}": shape for name, shape in linear_shapes(llama).items()}
+    if config.has_head:
+        shapes["lm_head"] = llama.vocab_size, llama.hidden_size
     check_target(target, config, shapes)
 
 

@@ -35,6 +35,16 @@ GroupSize = Annotated[
         rich_help_panel=GRID,
     ),
 ]
+HeadBits = Annotated[
+    int | None,
+    typer.Option(
+        help="Also quantize the head (lm_head), to so many bits. transformers does not load "
+        "that; GPTQModel, vLLM and SGLang do. Not for a head tied to the embedding. Default: the "
+        "head stays as it is.",
+        rich_help_panel=GRID,
+        show_default=False,
+    ),
+]
 Symmetric = Annotated[
     bool,
     typer.Option("--sym/--asym", help="Fixed zero, or one per group.", rich_help_panel=GRID),

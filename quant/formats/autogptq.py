@@ -11,12 +11,16 @@ Version 1 (`checkpoint_format: gptq`) stores zero - 1, version 2 (`gptq_v2`) sto
 grids are written as version 1, which every reader takes; asymmetric ones as version 2, because
 version 1 is ambiguous there. The settings stand twice, in config.json under `quantization_config`
 and in quantize_config.json.
+
+Linears with other bits or groups are listed under `dynamic` (gptq_rules.py); their bits are read
+from the shapes of the tensors, never by a foreign expression. `lm_head` announces a quantized head.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from torch import Tensor
 from quant.checkpoint import CheckpointReader, module_names
 from quant.checkpoint_writer import CheckpointWriter
 from quant.config import QuantConfig
+from quant.formats.gptq_rules import bits_by_shape, dynamic_rules, grid_of
 from quant.formats.reading import assemble, method, stored_settings
 from quant.grid import QuantizedTensor
 from quant.packing import pack, unpack
@@ -57,6 +62,7 @@ class Writer:
         self.version = version or (1 if config.symmetric else 2)
         self._shards = shards or CheckpointWriter(folder)
         self._any_shuffled = False
+        self._modules = dict(config.modules)
 
     def add_quantized(self, name: str, qt: QuantizedTensor) -> None:
         """Write the linear called `name` (without ".weight").
@@ -66,6 +72,9 @@ class Writer:
         """
         _refuse_what_would_wrap(name, qt, self.version)
         groups = qt.grid.scales.shape[1]
+        own = grid_of(qt.bits, qt.in_features, groups, self.config)
+        if own != self.config.common or name == "lm_head":
+            self._modules[name] = own
         index = qt.group_index
         self._any_shuffled |= index is not None
         if index is None:
@@ -93,7 +102,7 @@ class Writer:
             "group_size": self.config.group_size,
             "desc_act": self._any_shuffled,
             "sym": self.config.symmetric,
-            "lm_head": False,
+            "lm_head": "lm_head" in self._modules,
             "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
             "damp_percent": self.settings.get("damp", 0.01),
             "true_sequential": True,
@@ -101,6 +110,8 @@ class Writer:
             "pack_dtype": "int32",
             "meta": {"quantizer": ["llama-gptq:0.1.0"]},
         }
+        if rules := dynamic_rules(self._modules, self.config):
+            stored["dynamic"] = rules
         config = {**model_config, "pretraining_tp": 1, "quantization_config": stored}
         _write_json(self.folder / "quantize_config.json", stored)
         _write_json(self.folder / "config.json", config)
@@ -149,11 +160,34 @@ def stored_config(reader: CheckpointReader) -> dict[str, Any]:
 
 
 def quant_config(reader: CheckpointReader) -> QuantConfig:
-    """Bits, group size and symmetry of a checkpoint."""
+    """Bits, group size and symmetry of a checkpoint, with the linears that differ."""
+    config, modules = _common_config(reader), {}
+    mixed = stored_config(reader).get("dynamic")
+    for module in module_names(reader.names(), ".qweight"):
+        if not mixed and module != "lm_head":
+            continue
+        bits = _bits(reader, module, config)
+        width = reader.tensor(f"{module}.qweight").shape[0] * 32 // bits
+        own = grid_of(bits, width, reader.tensor(f"{module}.scales").shape[0], config)
+        if own != config or module == "lm_head":
+            modules[module] = own
+    return replace(config, modules=tuple(modules.items()))
+
+
+def _common_config(reader: CheckpointReader) -> QuantConfig:
+    """What the settings say of most linears."""
     stored = stored_config(reader)
     if "bits" not in stored:
         raise ValueError(f"{reader.path}: the quantization settings name no bits")
     return QuantConfig(stored["bits"], stored.get("group_size", -1), stored.get("sym", True))
+
+
+def _bits(reader: CheckpointReader, module: str, config: QuantConfig) -> int:
+    """Bits of a linear: those of the settings, or by its shapes where the settings have rules."""
+    if not stored_config(reader).get("dynamic"):
+        return config.bits
+    zeros, scales = (reader.tensor(f"{module}.{name}").shape for name in ("qzeros", "scales"))
+    return bits_by_shape(module, tuple(zeros), tuple(scales))
 
 
 def checkpoint_format(reader: CheckpointReader) -> str:
@@ -166,7 +200,7 @@ def read(reader: CheckpointReader) -> Iterator[tuple[str, Tensor | QuantizedTens
     """Every module's QuantizedTensor (by name without suffix) and every other tensor, one at a
     time.
     """
-    config = quant_config(reader)
+    config = _common_config(reader)
     version_1 = checkpoint_format(reader) == "gptq"
     packed = set(module_names(reader.names(), ".qweight"))
     for name in reader.names():
@@ -184,11 +218,12 @@ def _read_one(
     """One linear, with its zeros brought to the meaning of quant.grid."""
     names = [f"{module}.{part}" for part in ("qweight", "qzeros", "scales")]
     names += [name for name in [f"{module}.g_idx"] if name in reader]
+    config = replace(config, bits=_bits(reader, module, config))
     return _decode(module, {name: reader.tensor(name) for name in names}, config, version_1)
 
 
 def read_module(module: str, tensors: Mapping[str, Tensor], config: QuantConfig) -> QuantizedTensor:
-    """One linear of the tensors that a Writer of this config made."""
+    """One linear of the tensors that a Writer made; `config` is that linear's."""
     return _decode(module, tensors, config, version_1=config.symmetric)
 
 

@@ -92,6 +92,13 @@ def _refuse(name: str, qt: QuantizedTensor, config: QuantConfig) -> None:
             f"{name}: its groups are not consecutive inputs (desc_act), which compressed-tensors "
             "no longer stores; export to gptq_v2 or float16"
         )
+    if qt.bits != config.bits or qt.grid.scales.shape[1] * config.width(qt.in_features) != (
+        qt.in_features
+    ):
+        raise ValueError(
+            f"{name}: has another grid than the checkpoint, but compressed-tensors is written with "
+            "one; export to autogptq or gptq_v2"
+        )
     if qt.out_features % 32 or qt.in_features % 32:
         raise ValueError(
             f"{name}: shape ({qt.out_features}, {qt.in_features}) cannot be packed; multiples of "

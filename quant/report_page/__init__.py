@@ -15,7 +15,8 @@ from quant.durable import write_file
 from quant.report import FILE_NAME as REPORT
 from quant.report import Report
 from quant.report_page.figures import by_kind, codes, cost, errors, mean
-from quant.report_page.markup import seconds, section, size, soft, table
+from quant.report_page.markup import section, soft, table
+from quant.units import duration, size
 
 FILE_NAME = "quantize_report.html"
 _STYLE = Path(__file__).parent / "style.css"
@@ -118,8 +119,8 @@ def _tiles(report: Report) -> str:
         beside = f"float {reference['perplexity']:.4g}" if reference else "float not evaluated"
         tiles.append(("perplexity", f"{last['perplexity']:.4g}", beside))
     forecast = report.forecast
-    planned = f"forecast {seconds(forecast['seconds'])}" if forecast else ""
-    tiles.append(("time", seconds(report.seconds), planned))
+    planned = f"forecast {duration(forecast['seconds'])}" if forecast else ""
+    tiles.append(("time", duration(report.seconds), planned))
     if report.peak_memory_bytes is not None:
         planned = f"forecast {size(forecast['peak_memory_bytes'])}" if forecast else ""
         tiles.append(("peak memory", size(report.peak_memory_bytes), planned))
@@ -181,10 +182,17 @@ def _notes(report: Report) -> str:
 def _settings(report: Report) -> str:
     """Settings, data and versions."""
     facts = {"base model": Path(report.model).name, **report.settings}
+    modules = facts.pop("modules", {})
+    facts |= {name: f"{o['bits']} bits, groups of {o['group_size']}" for name, o in modules.items()}
     facts |= {f"calibration: {key}": value for key, value in report.calibration.items()}
     facts |= {f"version of {key}": value for key, value in report.versions.items()}
-    rows = [(str(key).replace("_", " "), _word(value)) for key, value in facts.items()]
+    rows = [(_label(key), _word(value)) for key, value in facts.items()]
     return section("Settings", table(("setting", "value"), rows, words=True))
+
+
+def _label(key: str) -> str:
+    """A setting's name; that of a linear stays as it is."""
+    return key if "." in key or key == "lm_head" else key.replace("_", " ")
 
 
 def _word(value: Any) -> str:

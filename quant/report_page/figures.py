@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from quant.code_counts import BINS_PER_OCTAVE, CodeCounts
 from quant.report import LinearReport, Report
 from quant.report_page.charts import Axis, Series, bar_chart, legend, line_chart, pair_chart
-from quant.report_page.markup import figures, folded, seconds, section, size, soft, table
+from quant.report_page.markup import figures, folded, section, soft, table
+from quant.units import duration, size
 
 Kinds = dict[str, list[tuple[str, LinearReport]]]  # of each kind of linear, (layer, report)
 OURS, PLAIN = "this checkpoint", "round-to-nearest"
@@ -171,7 +172,7 @@ def cost(report: Report) -> str:
     forecast = report.forecast or {}
     memory = report.peak_memory_bytes
     rows = [
-        ("time", _or_none(forecast.get("seconds"), seconds), seconds(report.seconds)),
+        ("time", _or_none(forecast.get("seconds"), duration), duration(report.seconds)),
         ("peak memory", _or_none(forecast.get("peak_memory_bytes"), size), _or_none(memory, size)),
     ]
     content = table(("", "forecast", "measured"), rows)
@@ -189,7 +190,7 @@ def cost(report: Report) -> str:
 
 def _over_the_run(report: Report) -> list[tuple[str, str]]:
     """A chart of time and one of memory over the layers."""
-    names = [str(i) for i in range(len(report.layers))]
+    names = [layer["name"] for layer in report.layers]
     times = [layer["seconds"] for layer in report.layers]
     label = f"Seconds by layer: {sum(times):.3g} in all, {max(times):.3g} at most"
     axis = Axis.linear(times, lambda value: f"{value:g} s")
@@ -210,8 +211,8 @@ def _over_the_run(report: Report) -> list[tuple[str, str]]:
 
 def _layer_table(report: Report) -> str:
     rows = [
-        (str(i), f"{layer['seconds']:.2f}", _or_none(layer["peak_memory_bytes"], size))
-        for i, layer in enumerate(report.layers)
+        (layer["name"], f"{layer['seconds']:.2f}", _or_none(layer["peak_memory_bytes"], size))
+        for layer in report.layers
     ]
     return folded("Each layer as a table", table(("layer", "seconds", "peak memory so far"), rows))
 

@@ -47,15 +47,3 @@ def figures(charts: Iterable[tuple[str, str]]) -> str:
 def soft(text: str) -> str:
     """A paragraph that explains."""
     return f'<p class="soft">{escape(text)}</p>'
-
-
-def size(count: float) -> str:
-    """Bytes as MB or GB (decimal)."""
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def seconds(count: float) -> str:
-    """Seconds, minutes or hours."""
-    if count < 120:
-        return f"{count:.3g} s"
-    return f"{count / 60:.1f} min" if count < 7200 else f"{count / 3600:.1f} h"
