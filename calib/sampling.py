@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+_SHORT = 32  # tokens of a window
+
 
 def token_windows(
     tokenize: Callable[[str], list[int]],
@@ -64,6 +66,27 @@ def _stream(
         if len(stream) >= enough:
             break
     return stream
+
+
+def advice(windows: Tensor, widest: int, python_only: bool) -> str:
+    """One line on a choice of windows (windows, tokens) that is known to be poor, or "".
+
+    Args:
+        windows: what was chosen.
+        widest: the most inputs of a linear.
+        python_only: the text is Python code; docs/accuracy.md has what that costs on prose.
+    """
+    length, tokens = windows.shape[1], windows.numel()
+    if length < _SHORT:
+        return f"windows of {length} tokens hold little context; use a --seq-len of 512 or more"
+    if tokens < widest:
+        return f"{tokens} calibration tokens for {widest} inputs of a linear; use more --samples"
+    if python_only:
+        return (
+            "calibrating on Python code, which costs accuracy on prose; pass --calib wikitext2, "
+            "c4, or text like that the model is for"
+        )
+    return ""
 
 
 def check_windows(windows: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch
 from calib import capture
 from calib.hessian import Hessian
 from calib.hidden import HiddenStates, Storage
-from calib.sampling import token_windows
+from calib.sampling import advice, token_windows
 from calib.sources import SOURCES, documents, stdlib
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
@@ -158,3 +158,14 @@ def test_a_source_without_network_names_the_way_out(
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(ValueError, match=f"{name}: cannot be downloaded .*give a local"):
         list(SOURCES[name]())
+
+
+def test_one_line_of_advice_for_a_poor_choice() -> None:
+    def told(windows: int, length: int, python_only: bool = False) -> str:
+        return advice(torch.zeros(windows, length, dtype=torch.long), 1536, python_only)
+
+    assert told(32, 512) == ""
+    assert "windows of 2 tokens hold little context" in told(100_000, 2)
+    assert told(2, 512) == "1024 calibration tokens for 1536 inputs of a linear; use more --samples"
+    assert "accuracy on prose" in told(32, 512, True)
+    assert "1024 calibration tokens" in told(2, 512, True)  # one line, the worst first

@@ -96,6 +96,7 @@ def quantize(
     told = " ".join(sources)
     data = f"{windows.numel()} tokens of {told}"
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
+    _advise(windows, llama, sources == ["stdlib"] and model.resolve() != BUNDLED)
     count, length = windows[distributed.share(len(windows), 0)].shape  # of one process
     job = Job(llama, config, count, length, weight_bytes(reader), _storage(hidden, spill))
     beside = getattr(solver_options, "needs_float", False)
@@ -191,6 +192,16 @@ def _windows(model: Path, sources: list[str], samples: int, length: int, seed: i
     from quant.sources import open_tokenizer
 
     return token_windows(open_tokenizer(model).encode, documents(sources), samples, length, seed)
+
+
+def _advise(windows: Any, llama: Any, python_only: bool) -> None:
+    """Print a line where the choice of calibration text is known to be poor."""
+    from calib.sampling import advice
+    from quant.geometry import linear_shapes
+
+    widest = max(width for _, width in linear_shapes(llama).values())
+    if line := advice(windows, widest, python_only):
+        print(f"note: {line}", flush=True)
 
 
 def _run(
