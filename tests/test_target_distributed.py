@@ -39,6 +39,7 @@ def test_the_drift_is_summed(
         errors[target] = torch.tensor([line.relative_error for line in report.linears])
     for rank in (0, 1):
         mine = torch.tensor(torch.load(tmp_path / f"errors-{rank}.pt"))
-        # Sums in another order decide a few ties otherwise, which moves single linears by percents.
+        # Sums in another order decide a few ties otherwise: single linears move by percents, the
+        # mean by 0.6 %. With the drift of half of the windows it is 7 %, without a target 27 %.
         near, far = (((mine - errors[t]).abs() / errors[t]).mean() for t in (0.5, 0.0))
-        assert near < 0.015 < 2 * near < far
+        assert near < 0.01 < far
