@@ -24,7 +24,7 @@ import torch
 from accuracy_table import perplexity_increase, tables
 from held_out import float_hessians, layer_error
 
-from quant import load_quantized, quantize_checkpoint
+from quant import quantize_checkpoint
 from quant.config import QuantConfig
 from quant.evaluate import _score
 from quant.llama.tokenizer import load_tokenizer
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, results: dict[str, Any]) -> None:
                 seconds = round(time.perf_counter() - began, 1)
                 facts = {"seconds": seconds, "peak": peak_memory_bytes()}
             facts["layer_error"] = float(f"{layer_error(Path(folder), judged):.4g}")
-            model = load_quantized(folder)[0]
+            model = load_model(folder)
             facts["texts"] = {
                 text: score(model, reference, ids[: args.windows]) for text, ids in texts.items()
             }

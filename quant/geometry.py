@@ -20,17 +20,16 @@ def check_shapes(llama: LlamaConfig, config: QuantConfig) -> None:
     """
     kinds = linear_shapes(llama)
     shapes = {f"layers.*.{name}": shape for name, shape in kinds.items()}
-    for name, (_, in_features) in shapes.items():
-        config.check(name, in_features)
+    grids = dict.fromkeys(shapes, config)
     for name, own in config.modules:
-        shapes[name] = _shape(name, llama, kinds)
-        own.check(name, shapes[name][1])
+        shapes[name], grids[name] = _shape(name, llama, kinds), own
     for name, (out_features, in_features) in shapes.items():
         if out_features % 32 or in_features % 32:
             raise ValueError(
                 f"{name}: shape ({out_features}, {in_features}) cannot be packed; "
                 "the GPTQ format needs multiples of 32"
             )
+        grids[name].check(name, in_features)
     for layer in range(llama.num_hidden_layers if config.modules else 0):
         for group in LINEAR_GROUPS:
             names = [f"model.layers.{layer}.{name}" for name in group]
