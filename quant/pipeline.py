@@ -76,7 +76,7 @@ def quantize_checkpoint(
         OSError: the disk is full; what is finished stays, and `resume` continues it.
     """
     start, output = time.perf_counter(), Path(output)
-    reader, llama = _float_checkpoint(Path(model))
+    reader, llama = open_float(Path(model))
     check_shapes(llama, config)
     check_plain(reader, llama)
     mask = check_windows(windows, attention_mask, llama.vocab_size)
@@ -148,8 +148,12 @@ def _quantize_layers(run: Run) -> None:
         run.journal.wait()
 
 
-def _float_checkpoint(path: Path) -> tuple[CheckpointReader, LlamaConfig]:
-    """The opened checkpoint and its geometry; a quantized one is refused."""
+def open_float(path: Path) -> tuple[CheckpointReader, LlamaConfig]:
+    """The opened checkpoint and its geometry.
+
+    Raises:
+        ValueError: it is quantized, damaged, or no Llama.
+    """
     reader = open_checkpoint(path)
     if any(form.matches(reader) for form in FORMATS.values()):
         raise ValueError(

@@ -61,12 +61,17 @@ class LinearReport:
             what, mine, plain = "error towards its aim", self.aim_error, self.rtn_aim_error
         if mine > plain * 1.0001:
             lines.append(f"{self.name}: {what} {mine:.3g} is above round-to-nearest's {plain:.3g}")
-        if self.tokens < self.in_features:
+        if self.has_few_tokens:
             lines.append(
                 f"{self.name}: {self.tokens} calibration tokens for {self.in_features} inputs; "
                 "use more --samples"
             )
         return lines
+
+    @property
+    def has_few_tokens(self) -> bool:
+        """Whether there were fewer tokens than the input is wide."""
+        return self.tokens < self.in_features
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,14 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        return [line for linear in self.linears for line in linear.warnings]
+        """Those of the linears; that there were few tokens is said of one of them."""
+        few = [linear for linear in self.linears if linear.has_few_tokens]
+        lines = [line for linear in self.linears for line in linear.warnings]
+        repeated = {linear.warnings[-1] for linear in few[1:]}
+        lines = [line for line in lines if line not in repeated]
+        if repeated:
+            lines.append(f"{len(repeated)} more linears have fewer calibration tokens than inputs")
+        return lines
 
     def summary(self) -> str:
         """The run in one line."""

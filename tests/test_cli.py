@@ -84,6 +84,8 @@ def test_own_model_with_options(make_checkpoint: Make, tmp_path: Path) -> None:
         json.loads((tmp_path / "out" / "quantize_report.json").read_text())["settings"]["damp"]
         == 0.05
     )
+    run = cli("quantize", "--model", "out", "--output", "twice", cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "") and "is quantized already" in run.stderr
     run = cli("eval", "--ppl", "--data", text, "--window", 64, "--json", cwd=tmp_path)
     result = json.loads(run.stdout)
     assert result["perplexity"] > 1 and result["reference"]["kl_mean"] >= 0

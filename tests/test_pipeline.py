@@ -96,9 +96,11 @@ def test_tied_head_bfloat16_and_too_few_tokens(
 ) -> None:
     source = make_checkpoint(dtype=torch.bfloat16, tie_word_embeddings=True)
     report = quantize_checkpoint(source, tmp_path / "out", windows[:1], QuantConfig(4, 32))
-    assert any(
-        "down_proj: 64 calibration tokens for 256 inputs" in line for line in report.warnings
-    )
+    few = [line for line in report.warnings if "calibration tokens" in line]
+    assert few == [
+        "model.layers.0.self_attn.q_proj: 64 calibration tokens for 128 inputs; use more --samples",
+        "13 more linears have fewer calibration tokens than inputs",
+    ]
     assert "lm_head.weight" not in entries(tmp_path / "out")
     model, _ = load_quantized(tmp_path / "out", device="cpu")
     assert model.lm_head.weight.dtype == torch.bfloat16 and torch.isfinite(model(windows)).all()

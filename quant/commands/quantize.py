@@ -69,16 +69,14 @@ def quantize(
     """Quantize a float checkpoint, layer by layer, into a folder that GPTQ readers load."""
     from quant.config import QuantConfig
     from quant.geometry import check_shapes
-    from quant.llama.config import LlamaConfig
     from quant.loader import resolve_device
     from quant.output import refuse_existing
+    from quant.pipeline import open_float
     from quant.plan import fit_memory, parse_size, weight_bytes
     from quant.run_options import RunOptions
-    from quant.sources import open_checkpoint
     from quant.workload import Job
 
-    reader = open_checkpoint(model)
-    llama = LlamaConfig.from_dict(reader.config)
+    reader, llama = open_float(model)
     config = _fitting(llama, QuantConfig(bits, group_size, sym))
     if lm_head_bits is not None:
         head = QuantConfig(lm_head_bits, config.group_size, sym)
