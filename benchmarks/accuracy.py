@@ -29,7 +29,7 @@ from quant.config import QuantConfig
 from quant.evaluate import _score
 from quant.llama.tokenizer import load_tokenizer
 from quant.loader import load_model
-from quant.report import peak_memory_bytes
+from quant.machine import peak_memory_bytes
 from quant.solvers.gptq import EFFORTS, GPTQOptions
 from quant.solvers.rtn import RTNOptions
 

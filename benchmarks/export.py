@@ -25,7 +25,7 @@ from quant.formats import autogptq
 from quant.geometry import linear_shapes
 from quant.grid import Grid, QuantizedTensor
 from quant.llama.config import LlamaConfig
-from quant.report import peak_memory_bytes
+from quant.machine import peak_memory_bytes
 
 BUNDLED = Path(__file__).parents[1] / "quant" / "bundled"
 GEOMETRY = {

@@ -19,9 +19,8 @@ import torch
 from calib.hidden import Storage
 from quant import QuantConfig, RunOptions, quantize_checkpoint
 from quant.llama.config import LlamaConfig
-from quant.machine import measure
+from quant.machine import measure, peak_memory_bytes
 from quant.plan import fit_memory, make_plan, parse_size, weight_bytes
-from quant.report import peak_memory_bytes
 from quant.sources import open_checkpoint
 from quant.workload import Job
 

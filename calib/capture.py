@@ -82,8 +82,7 @@ def walk(
                 behind = _behind(states, beside[1], _RESIDUAL[index], batch)
                 hessian.add_lag(x, behind.to(device), of_batch)
             del x, original
-        if originals is not None:
-            deque(originals, maxlen=0)
+        deque(originals or (), maxlen=0)
         yield hessian
         del hessian  # the caller may have let it go; the next one is made in its room
     deque(others, maxlen=0)

@@ -51,9 +51,8 @@ def token_windows(
             f"{num_samples}; using all",
             stacklevel=2,
         )
-    windows = torch.tensor(stream[: available * seq_len]).view(available, seq_len)
-    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
-    return windows[chosen.sort().values]
+    taken = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
+    return torch.tensor(stream[: available * seq_len]).view(available, seq_len)[taken.sort().values]
 
 
 def _stream(

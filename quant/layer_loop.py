@@ -29,7 +29,8 @@ from quant.layer_inputs import advance_float, embed, empty_states
 from quant.layer_reader import LINEARS, LayerReader, build_layer, plain_tensors
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer, RMSNorm
-from quant.report import LayerReport, LinearReport, peak_memory_bytes
+from quant.machine import peak_memory_bytes
+from quant.report import LayerReport, LinearReport
 from quant.run_options import RunOptions, Step
 from quant.verification import digest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -57,3 +58,22 @@ def nearest_folder(path: Path) -> Path:
     while not path.is_dir():
         path = path.parent
     return path
+
+
+def peak_memory_bytes() -> int | None:
+    """Peak resident memory of this process; None where the system does not tell.
+
+    Linux is asked for VmHWM, because the peak of getrusage begins with that of the process which
+    started this one.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # type: ignore[attr-defined]
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -16,6 +16,7 @@ from quant.checkpoint import CheckpointReader
 from quant.geometry import stored_bytes
 from quant.machine import Rates, available_memory, nearest_folder
 from quant.partial import partial_path
+from quant.units import duration, size
 from quant.workload import (
     COSTS,
     ELEMENT_COST,
@@ -68,11 +69,11 @@ class Plan:
         work = ", ".join(f"{part} {count / 1e12:.3g}" for part, count in self.flops.items())
         return [
             f"plan: {self.layers} layers, {self.tokens} tokens",
-            f"work: {work} TFLOP; about {_duration(self.seconds(rates))} at the "
+            f"work: {work} TFLOP; about {duration(round(self.seconds(rates)))} at the "
             f"{rates.flops / 1e9:.0f} GFLOP/s and {rates.disk / 1e9:.2f} GB/s measured here",
-            f"peak memory: about {_size(self.memory)}; disk: {_size(self.disk)} while it runs"
-            + (f" and {_size(self.spilled)} spilled" if self.spilled else "")
-            + f", {_size(self.output)} of output",
+            f"peak memory: about {size(self.memory)}; disk: {size(self.disk)} while it runs"
+            + (f" and {size(self.spilled)} spilled" if self.spilled else "")
+            + f", {size(self.output)} of output",
         ]
 
 
@@ -118,8 +119,8 @@ def fit_memory(job: Job, limit: int, folder: Path) -> Job:
         if make_plan(way).memory <= limit:
             return way
     raise ValueError(
-        f"max-memory {_size(limit)}: the least this model takes is about "
-        f"{_size(make_plan(ways[-1]).memory)}"
+        f"max-memory {size(limit)}: the least this model takes is about "
+        f"{size(make_plan(ways[-1]).memory)}"
     )
 
 
@@ -133,7 +134,7 @@ def check_room(plan: Plan, output: Path, spill: Path | None) -> None:
     if free_memory is not None and plan.memory > free_memory:
         advice = "pass --max-memory" if spill else "pass --spill DIR or --max-memory"
         raise ValueError(
-            f"memory: about {_size(plan.memory)} are needed and {_size(free_memory)} are free; "
+            f"memory: about {size(plan.memory)} are needed and {size(free_memory)} are free; "
             f"{advice}, or fewer --samples"
         )
     written = sum(file.stat().st_size for file in partial_path(output).glob("*"))
@@ -145,7 +146,7 @@ def check_room(plan: Plan, output: Path, spill: Path | None) -> None:
     for folder, need in needs.items():
         if need > (free := shutil.disk_usage(folder).free):
             raise ValueError(
-                f"{folder}: {_size(need)} of disk are needed and {_size(free)} are free; choose "
+                f"{folder}: {size(need)} of disk are needed and {size(free)} are free; choose "
                 "another --output, or fewer --samples"
             )
 
@@ -172,15 +173,3 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise ValueError(f"size {text!r} must be above zero")
     return size
-
-
-def _size(count: float) -> str:
-    """Bytes as MB or GB (decimal)."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
-
-
-def _duration(seconds: float) -> str:
-    """Seconds, minutes or hours."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

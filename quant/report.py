@@ -8,7 +8,6 @@ import hashlib
 import json
 import platform
 import re
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from quant.code_counts import CodeCounts
 from quant.config import QuantConfig
 from quant.durable import write_file
 from quant.fingerprint import own_version
+from quant.machine import peak_memory_bytes
 
 FILE_NAME = "quantize_report.json"
 
@@ -234,22 +234,3 @@ def float_origin(folder: Path) -> Path | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return origin if origin.exists() else None
-
-
-def peak_memory_bytes() -> int | None:
-    """Peak resident memory of this process; None where the system does not tell.
-
-    Linux is asked for VmHWM, because the peak of getrusage begins with that of the process which
-    started this one.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # type: ignore[attr-defined]
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -98,7 +98,7 @@ print(quantize_checkpoint(*sys.argv[1:], windows, QuantConfig(4, 64)).peak_memor
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak may be the parent's")
 def test_the_peak_is_not_that_of_the_parent() -> None:
-    child = "from quant.report import peak_memory_bytes; print(peak_memory_bytes())"
+    child = "from quant.machine import peak_memory_bytes; print(peak_memory_bytes())"
     parent = f"""
 import subprocess, sys
 held = bytearray(1 << 30)

@@ -74,21 +74,22 @@ def evaluate(
     reference = reference or float_origin(model)
     tokenizer = open_tokenizer(model)
     loaded = load_model(model, device, dtype, precision=precision)
-    own_text = BUNDLED in (model.resolve(), reference)
-    data = data or (str(BUNDLED / "heldout.txt") if own_text else "wikitext2")
-    ids, facts = evaluation_ids(tokenizer, data)
+    ids, facts = evaluation_ids(tokenizer, data or _usual_text(model, reference))
     window = window or min(2048, loaded.config.max_position_embeddings)
     origin = load_model(reference, device, dtype, precision="exact") if reference else None
     with window_bar() as on_window:
         result = evaluate(loaded, ids, window, origin, on_window)
+    text = f"{protocol(facts, result)}\n{result.summary()}"
     if card:
-        write_card(model, f"{protocol(facts, result)}\n{result.summary()}")
-    if json_output:
-        print(json.dumps({"model": str(model), "data": facts, **result.as_dict()}))
-    else:
-        print(protocol(facts, result))
-        print(result.summary())
+        write_card(model, text)
+    as_json = {"model": str(model), "data": facts, **result.as_dict()}
+    print(json.dumps(as_json) if json_output else text)
     _keep(model, {**facts, "precision": precision, **result.as_dict()})
+
+
+def _usual_text(model: Path, reference: Path | None) -> str:
+    """What a model is judged on if nothing is said: the bundled one on its own held-out text."""
+    return str(BUNDLED / "heldout.txt") if BUNDLED in (model.resolve(), reference) else "wikitext2"
 
 
 def _keep(model: Path, measured: dict[str, Any]) -> None:

@@ -68,7 +68,6 @@ def quantize(
 ) -> None:
     """Quantize a float checkpoint, layer by layer, into a folder that GPTQ readers load."""
     from quant.config import QuantConfig
-    from quant.geometry import check_shapes
     from quant.loader import resolve_device
     from quant.output import refuse_existing
     from quant.pipeline import open_float
@@ -77,13 +76,7 @@ def quantize(
     from quant.workload import Job
 
     reader, llama = open_float(model)
-    config = _fitting(llama, QuantConfig(bits, group_size, sym))
-    if lm_head_bits is not None:
-        head = QuantConfig(lm_head_bits, config.group_size, sym)
-        config = replace(config, modules=(("lm_head", head),))
-    check_shapes(llama, config)
-    if target:
-        _check_target(target, llama, config)
+    config = _grid(llama, QuantConfig(bits, group_size, sym), lm_head_bits, target)
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
     output = output or Path(f"{_name(model)}-w{bits}-{group}")
     refuse_existing(output, overwrite)
@@ -97,10 +90,7 @@ def quantize(
     _advise(windows, llama, sources == ["stdlib"] and model.resolve() != BUNDLED)
     count, length = windows[distributed.share(len(windows), 0)].shape  # of one process
     job = Job(llama, config, count, length, weight_bytes(reader), _storage(hidden, spill))
-    beside = getattr(solver_options, "needs_float", False)
-    products = getattr(solver_options, "extra_products", 0)
-    job = replace(job, beside=beside, extra_products=products)
-    job = replace(job, tuning=getattr(solver_options, "tuning", 0))
+    job = _with_solver(job, solver_options)
     if max_memory is not None:
         job = fit_memory(job, parse_size(max_memory), output.absolute().parent)
     forecast = distributed.from_first(lambda: _forecast(job, output))
@@ -117,6 +107,29 @@ def quantize(
 def _name(model: Path) -> str:
     """The name of a folder, or of a file without its ending."""
     return model.stem if model.is_file() else model.resolve().name
+
+
+def _grid(llama: Any, config: Any, lm_head_bits: int | None, target: str | None) -> Any:
+    """The grids of all linears, which the model, the format and the target runtime can have."""
+    from quant.geometry import check_shapes
+
+    config = _fitting(llama, config)
+    if lm_head_bits is not None:
+        config = replace(config, modules=(("lm_head", replace(config, bits=lm_head_bits)),))
+    check_shapes(llama, config)
+    if target:
+        _check_target(target, llama, config)
+    return config
+
+
+def _with_solver(job: Any, options: Any) -> Any:
+    """The job with what its solver asks for beyond plain GPTQ."""
+    return replace(
+        job,
+        beside=getattr(options, "needs_float", False),
+        extra_products=getattr(options, "extra_products", 0),
+        tuning=getattr(options, "tuning", 0),
+    )
 
 
 def _fitting(llama: Any, config: Any) -> Any:

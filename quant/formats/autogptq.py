@@ -9,8 +9,7 @@ Each quantized linear P of K inputs, N outputs and G groups is four tensors inst
 
 Version 1 (`checkpoint_format: gptq`) stores zero - 1, version 2 (`gptq_v2`) stores zero. Symmetric
 grids are written as version 1, which every reader takes; asymmetric ones as version 2, because
-version 1 is ambiguous there. The settings stand twice, in config.json under `quantization_config`
-and in quantize_config.json.
+version 1 is ambiguous there. The settings stand in config.json and in quantize_config.json.
 
 Linears with other bits or groups are listed under `dynamic` (gptq_rules.py); their bits are read
 from the shapes of the tensors, never by a foreign expression. `lm_head` announces a quantized head.
@@ -241,11 +240,8 @@ def _decode(
         )
     codes = unpack(words, bits, in_features).T.contiguous()  # (N, K), without a copy
     zeros = unpack(zero_words.T, bits, out_features)  # (N, G)
-    half = 2 ** (bits - 1)
-    already_true = config.symmetric and bool(
-        (zeros == half).all()
-    )  # written as version 2, labelled 1
-    if version_1 and not already_true:
+    already_true = config.symmetric and bool((zeros == 2 ** (bits - 1)).all())
+    if version_1 and not already_true:  # else written as version 2, labelled 1
         zeros = zeros + 1
     return assemble(module, codes, scales.T, zeros, bits, tensors.get(f"{module}.g_idx"))
 
