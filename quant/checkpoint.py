@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StoredType:
+    """A file's own type of a tensor: its name, and bits of a value with its share of scales."""
+
+    name: str
+    bits: float
+
+    @property
+    def rounded(self) -> bool:
+        """Whether values were rounded to a grid of few levels."""
+        return self.bits < 16
 
 
 class CheckpointReader(Protocol):
@@ -35,6 +49,10 @@ class CheckpointReader(Protocol):
         """
         ...
 
+    def stored_types(self) -> dict[str, StoredType]:
+        """Of every tensor, in files that have types beside torch's; {} of others."""
+        ...
+
     def release(self) -> None:
         """Close the files; tensors in use keep their memory, everything else is unmapped."""
         ...
@@ -51,6 +69,12 @@ class CheckpointReader(Protocol):
     def copy_companions(self, folder: Path) -> None:
         """Write tokenizer and generation files, as Hugging Face names them, into a folder."""
         ...
+
+
+def coarse_linear(reader: CheckpointReader) -> str:
+    """The first tensor of a layer that the file holds in less than 8 bits a value, or ""."""
+    types = reader.stored_types()
+    return next((name for name in types if types[name].bits < 8 and ".layers." in name), "")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from quant.checkpoint import CheckpointReader, module_names
+from quant.checkpoint import CheckpointReader, StoredType, coarse_linear, module_names
 from quant.config import QuantConfig
 from quant.formats import FORMATS
 from quant.formats.gguf_vocabulary import vocabulary
@@ -14,8 +14,9 @@ from quant.geometry import fitting_group_size, linear_shapes
 from quant.llama.config import LlamaConfig
 from quant.packing import unpack
 from quant.plan import make_plan
-from quant.runtimes import Facts, Verdict, verdicts
-from quant.sources import open_checkpoint
+from quant.runtime_rules import Facts
+from quant.runtimes import Verdict, verdicts
+from quant.sources import open_checkpoint, source_name
 from quant.workload import Job
 
 
@@ -43,8 +44,8 @@ def describe(path: Path) -> dict[str, str]:
         "size on disk": _size(reader.size_bytes),
         "bits per weight": f"{reader.size_bytes * 8 / parameters:.2f} over all parameters",
     }
-    form = next((name for name, form in FORMATS.items() if form.matches(reader)), None)
-    if form:
+    form, types = _form(reader), reader.stored_types()
+    if form in FORMATS:
         config = FORMATS[form].quant_config(reader)
         kind = "symmetric" if config.symmetric else "asymmetric"
         return facts | {
@@ -52,7 +53,33 @@ def describe(path: Path) -> dict[str, str]:
             "grid": f"{config.bits} bits, group size {config.group_size}, {kind}",
             **_other_grids(config),
         }
-    return facts | {"format": "float"} | _cost(llama, reader.size_bytes / parameters)
+    facts["format"] = _FILES[form]
+    if types:
+        facts["tensor types"] = _counted(types)
+    if coarse_linear(reader):
+        return facts | {"to quantize": "no: it is quantized already"}
+    return facts | _cost(llama, reader.size_bytes / parameters)
+
+
+_FILES = {
+    "huggingface": "float",
+    "meta": "float, Meta's release",
+    "llama2c": "llama2.c file",
+    "gguf": "GGUF file",
+}
+
+
+def _form(reader: CheckpointReader) -> str:
+    """One of FORMATS, else one of SOURCES."""
+    form = next((name for name, form in FORMATS.items() if form.matches(reader)), None)
+    return form or source_name(reader.path)
+
+
+def _counted(types: dict[str, StoredType]) -> str:
+    """How many tensors there are of each type, most frequent first."""
+    counts = Counter(types.values())
+    told = (f"{count} {type.name} ({type.bits:g} bits)" for type, count in counts.most_common())
+    return ", ".join(told)
 
 
 def _other_grids(config: QuantConfig) -> dict[str, str]:
@@ -74,12 +101,12 @@ def will_it_load(path: Path) -> list[Verdict]:
     """
     reader = open_checkpoint(path)
     llama = LlamaConfig.from_dict(reader.config)
-    form = next((name for name, form in FORMATS.items() if form.matches(reader)), "float")
-    method = form
+    form = _form(reader)
+    method = {"huggingface": "float"}.get(form, form)
     if form == "autogptq":
         method = FORMATS[form].checkpoint_format(reader)
     shapes = {f"model.layers.0.{name}": shape for name, shape in linear_shapes(llama).items()}
-    config = None if form == "float" else FORMATS[form].quant_config(reader)
+    config = FORMATS[form].quant_config(reader) if form in FORMATS else None
     if config and config.has_head:
         shapes["lm_head"] = llama.vocab_size, llama.hidden_size
     return verdicts(
@@ -92,7 +119,7 @@ def will_it_load(path: Path) -> list[Verdict]:
             bool(reader.config.get("quantization_config")),
             any(f"lm_head.{end}" in reader for end in ("qweight", "weight_packed")),
             llama.tie_word_embeddings and "lm_head.weight" in reader,
-            _gguf_obstacle(reader, llama),
+            "" if form == "gguf" else _gguf_obstacle(reader, llama),
         )
     )
 

@@ -59,8 +59,9 @@ def load_quantized(
 
 
 def is_quantized(reader: CheckpointReader) -> bool:
-    """Whether one of FORMATS recognises the checkpoint."""
-    return any(form.matches(reader) for form in FORMATS.values())
+    """Whether one of FORMATS recognises the checkpoint, or its file holds rounded values."""
+    rounded = any(type.rounded for type in reader.stored_types().values())
+    return rounded or any(form.matches(reader) for form in FORMATS.values())
 
 
 def load_model(

@@ -16,6 +16,7 @@ processes (quant.distributed) each has its share of the windows and of the rows 
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from calib.sampling import check_windows
 from quant import distributed
-from quant.checkpoint import CheckpointReader
+from quant.checkpoint import CheckpointReader, coarse_linear
 from quant.checkpoint_writer import CheckpointWriter
 from quant.config import QuantConfig
 from quant.fingerprint import fingerprint
@@ -151,12 +152,24 @@ def _quantize_layers(run: Run) -> None:
 def open_float(path: Path) -> tuple[CheckpointReader, LlamaConfig]:
     """The opened checkpoint and its geometry.
 
+    Warns where its values were rounded to 8 bits before.
+
     Raises:
         ValueError: it is quantized, damaged, or no Llama.
     """
     reader = open_checkpoint(path)
-    if any(form.matches(reader) for form in FORMATS.values()):
+    rounded = {name: type for name, type in reader.stored_types().items() if type.rounded}
+    coarse = coarse_linear(reader)
+    if coarse or any(form.matches(reader) for form in FORMATS.values()):
+        what = f" ({coarse} is {rounded[coarse].name})" if coarse else ""
         raise ValueError(
-            f"{path}: is quantized already; give the float checkpoint it was made from"
+            f"{path}: is quantized already{what}; give the float checkpoint it was made from"
+        )
+    if rounded:
+        names = ", ".join(sorted({type.name for type in rounded.values()}))
+        warnings.warn(  # told once: stacklevel 1 is the same place for every caller
+            f"{path}: its weights were rounded before ({names}), and quantizing rounds them again; "
+            "better give the float checkpoint it was made from",
+            stacklevel=1,
         )
     return reader, LlamaConfig.from_dict(reader.config)

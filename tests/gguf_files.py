@@ -17,8 +17,13 @@ NAMES = {
 }  # fmt: skip
 
 
-def write(folder: Path, file: Path, kind: gguf.GGMLQuantizationType) -> dict[str, np.ndarray]:
-    """The file; returns the values in it, by its names, as the package dequantizes them."""
+Kind = gguf.GGMLQuantizationType
+
+
+def write(folder: Path, file: Path, kind: Kind, outer: Kind | None = None) -> dict[str, np.ndarray]:
+    """The file, embedding and head of the type `outer`; returns the values in it, by its names, as
+    the package dequantizes them.
+    """
     config = json.loads((folder / "config.json").read_text())
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(config["num_hidden_layers"])
@@ -37,7 +42,7 @@ def write(folder: Path, file: Path, kind: gguf.GGMLQuantizationType) -> dict[str
         part = meta.removesuffix(".weight").split(".", 2)[2] if layer else part or prefix
         name = (f"blk.{layer}." if layer else "") + NAMES[part] + ".weight"
         plain = weight.dim() == 1
-        raw_kind = gguf.GGMLQuantizationType.F32 if plain else kind
+        raw_kind = Kind.F32 if plain else kind if layer else outer or kind
         data = gguf.quants.quantize(weight.float().numpy(), raw_kind)
         held[name] = gguf.quants.dequantize(data, raw_kind)
         writer.add_tensor(name, data, raw_dtype=raw_kind)

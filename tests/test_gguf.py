@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from meta_release import interleaved
+from test_cli import cli
 from torch import Tensor
 
+from quant import QuantConfig, RTNOptions, load_quantized, quantize_checkpoint
 from quant.convert import convert
+from quant.inspection import describe, will_it_load
 from quant.llama.tokenizer import load_tokenizer
 from quant.loader import load_model
 from quant.sources import gguf_blocks, open_checkpoint, open_tokenizer
@@ -87,6 +90,44 @@ def test_a_type_without_the_package_is_named(monkeypatch: pytest.MonkeyPatch) ->
         gguf_blocks.row_bytes(999, 256)
     with pytest.raises(ValueError, match="rows of 40 values do not consist of blocks of 32"):
         gguf_blocks.row_bytes(2, 40)
+
+
+def test_inspect_tells_the_types(make_checkpoint: Make, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    write(source, tmp_path / "m.gguf", Kind.Q4_0, Kind.F16)
+    told = describe(tmp_path / "m.gguf")
+    assert told["format"] == "GGUF file"
+    assert told["tensor types"] == "14 Q4_0 (4.5 bits), 5 F32 (32 bits), 2 F16 (16 bits)"
+    assert told["to quantize"] == "no: it is quantized already" and "output size" not in told
+    loads = {found.runtime: found.loads for found in will_it_load(tmp_path / "m.gguf")}
+    assert [name for name in loads if not loads[name]] == ["exllamav2", "gptqmodel"]
+    write(source, tmp_path / "m.gguf", Kind.Q8_0)
+    told = describe(tmp_path / "m.gguf")
+    assert told["tensor types"] == "16 Q8_0 (8.5 bits), 5 F32 (32 bits)" and "output size" in told
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0"])
+def test_coarse_blocks_are_not_quantized_again(
+    make_checkpoint: Make, windows: Tensor, tmp_path: Path, kind: str
+) -> None:
+    file = tmp_path / "m.gguf"
+    write(make_checkpoint(), file, Kind[kind], Kind.F16)
+    message = f"m.gguf: is quantized already \\(model.layers.0.*_proj.weight is {kind}\\); give the"
+    with pytest.raises(ValueError, match=message):
+        quantize_checkpoint(file, tmp_path / "out", windows, QuantConfig(4, 32), RTNOptions())
+    model, _ = load_quantized(file, device="cpu")
+    assert torch.isfinite(model(windows)).all()
+
+
+def test_eight_bits_are_quantized_with_a_warning(make_checkpoint: Make, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    write(make_checkpoint(vocab_size=2048), file, Kind.Q8_0)
+    sizes = ["--samples", "4", "--seq-len", "64", "--solver", "rtn", "--output", "out"]
+    run = cli("quantize", "--model", file, *sizes, cwd=tmp_path)
+    assert run.returncode == 0 and (tmp_path / "out" / "model.safetensors").is_file()
+    told = [line for line in run.stderr.splitlines() if "rounded" in line]
+    assert len(told) == 1
+    assert told[0].startswith(f"warning: {file}: its weights were rounded before (Q8_0), and")
 
 
 def replace(old: bytes, new: bytes) -> Callable[[bytes], bytes]:

@@ -24,7 +24,13 @@ LAYERS = [
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.sources", "quant.layer_reader", "quant.fingerprint", "quant.partial", "quant.machine"]
     + ["quant.added_tokens", "quant.code_counts"],
-    ["quant.grid", "quant.packing", "quant.checkpoint", "quant.checkpoint_writer"]
+    [
+        "quant.grid",
+        "quant.packing",
+        "quant.runtime_rules",
+        "quant.checkpoint",
+        "quant.checkpoint_writer",
+    ]
     + ["quant.output", "quant.geometry", "quant.stream_writer"],
     ["quant.config", "quant.llama", "quant.distributed", "calib", "quant.durable", "quant.units"],
     ["quant.watch", "quant.native"],

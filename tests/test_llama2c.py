@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +16,10 @@ from meta_release import interleaved
 from torch import Tensor
 
 from quant.convert import convert
+from quant.inspection import describe, will_it_load
 from quant.llama.tokenizer import load_tokenizer
 from quant.loader import load_model
+from quant.pipeline import open_float
 from quant.sources import open_checkpoint, open_tokenizer
 
 Make = Callable[..., Path]
@@ -50,6 +54,22 @@ def test_tensors_are_those_of_the_file(
     if version < 2:
         expected = load_model(source, device="cpu")(windows)
         assert torch.equal(load_model(tmp_path / "m.bin", device="cpu")(windows), expected)
+
+
+def test_version_2_is_known_to_be_rounded(make_checkpoint: Make, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    for version in (1, 2):
+        made(source, version, tmp_path / f"{version}.bin")
+    shutil.copyfile(BUNDLED / "tokenizer.model", tmp_path / "tokenizer.model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_float(tmp_path / "1.bin")
+    with pytest.warns(UserWarning, match=r"2\.bin: its weights were rounded before \(int8\)"):
+        open_float(tmp_path / "2.bin")
+    assert describe(tmp_path / "2.bin")["tensor types"] == "16 int8 (8.5 bits), 5 float32 (32 bits)"
+    found = {found.runtime: found for found in will_it_load(tmp_path / "2.bin")}
+    assert [name for name in found if found[name].loads] == ["llama.cpp"]
+    assert "python cli.py convert" in found["vllm"].why
 
 
 def test_the_vocabulary_is_rebuilt(make_checkpoint: Make, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from quant.config import QuantConfig
 from quant.export import export
 from quant.inspection import will_it_load
 from quant.pipeline import quantize_checkpoint
-from quant.runtimes import RUNTIMES, Facts, check_target, verdict, verdicts
+from quant.runtime_rules import Facts
+from quant.runtimes import RUNTIMES, check_target, verdict, verdicts
 from quant.solvers.rtn import RTNOptions
 
 Make = Callable[..., Path]

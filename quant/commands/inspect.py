@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint folder.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Checkpoint folder, or a .gguf or llama2.c .bin file.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 

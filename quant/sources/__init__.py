@@ -38,6 +38,11 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
     return huggingface.Reader(path)  # says what is missing
 
 
+def source_name(path: Path) -> str:
+    """Which of SOURCES lies at `path`; "huggingface" where none does."""
+    return next((name for name in SOURCES if SOURCES[name].matches(path)), "huggingface")
+
+
 def open_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer that belongs to the weights at `path`.
 

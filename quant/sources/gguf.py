@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from quant.checkpoint import StoredType
 from quant.sources.beside import copy_beside
-from quant.sources.gguf_blocks import row_bytes, values
+from quant.sources.gguf_blocks import row_bytes, stored_type, values
 from quant.sources.gguf_header import TensorInfo, read_header
 from quant.sources.gguf_vocabulary import rebuild
 from quant.sources.translated import TranslatedReader
@@ -74,6 +75,10 @@ class Reader(TranslatedReader):
         size = _size_bytes(info)
         raw = np.memmap(self.path, np.uint8, "c", info.offset, (size,))
         return values(info.kind, raw, info.shape)
+
+    def stored_types(self) -> dict[str, StoredType]:
+        """GGUF's type of every tensor."""
+        return {name: stored_type(info.kind, info.shape[-1]) for name, info in self._infos.items()}
 
     def copy_companions(self, folder: Path) -> None:
         """The tokenizer beside the file, or the one in it, and the settings."""

@@ -20,9 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quant.checkpoint import StoredType
+
 _PLAIN = {0: (torch.float32, 4), 1: (torch.float16, 2), 30: (torch.bfloat16, 2)}
 _BLOCK_BYTES = {2: 18, 3: 20, 8: 34}
 _NAMES = {
+    0: "F32", 1: "F16", 30: "BF16",
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K",
     12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
     19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0",
@@ -42,6 +45,11 @@ def row_bytes(kind: int, width: int) -> int:
     if width % block:
         raise ValueError(f"rows of {width} values do not consist of blocks of {block}")
     return width // block * size
+
+
+def stored_type(kind: int, width: int) -> StoredType:
+    """The name of a type, and its bits a value in rows of `width`."""
+    return StoredType(_NAMES.get(kind, f"type {kind}"), row_bytes(kind, width) * 8 / width)
 
 
 def values(kind: int, raw: np.ndarray, shape: tuple[int, ...]) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quant.checkpoint import read_json
+from quant.checkpoint import StoredType, read_json
 from quant.sources.pickled import load_pickled
 
 COMPANIONS = (
@@ -75,6 +75,10 @@ class Reader:
             raise ValueError(
                 f"{self._places[name]}: tensor {name} cannot be read ({error})"
             ) from None
+
+    def stored_types(self) -> dict[str, StoredType]:
+        """{}: tensors are of torch's types."""
+        return {}
 
     def release(self) -> None:
         """Close the files; tensors in use keep their memory, everything else is unmapped."""

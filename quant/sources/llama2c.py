@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quant.checkpoint import StoredType
 from quant.sources import sentencepiece_model as sp
 from quant.sources.beside import copy_beside
 from quant.sources.translated import TranslatedReader
@@ -85,6 +86,16 @@ class Reader(TranslatedReader):
             scales = self._map(np.float32, offset + count, (count // group, 1))
             return (codes.float() * scales).reshape(shape)
         return self._map(np.float32, offset, shape)
+
+    def stored_types(self) -> dict[str, StoredType]:
+        """int8 matrices in version 2; {} in the others, which are float32."""
+        if not self._header.group_size:
+            return {}
+        vector, matrix = (
+            StoredType("float32", 32),
+            StoredType("int8", 8 + 32 / self._header.group_size),
+        )
+        return {n: matrix if len(shape) == 2 else vector for n, shape in self._shapes.items()}
 
     def copy_companions(self, folder: Path) -> None:
         """The tokenizer beside the file: tokenizer.model, or what is rebuilt of tokenizer.bin."""

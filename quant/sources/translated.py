@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from quant.checkpoint import StoredType
 from quant.sources.translation import hugging_face_rows
 
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
@@ -49,6 +50,10 @@ class TranslatedReader:
     def _stored(self, name: str) -> Tensor:
         """The tensor with its rows in the file's order."""
         raise NotImplementedError
+
+    def stored_types(self) -> dict[str, StoredType]:
+        """{}, unless the source has types beside torch's."""
+        return {}
 
     def release(self) -> None:
         """Nothing is held: every tensor maps its own part of the file."""
