@@ -13,11 +13,12 @@ from quant.formats.gguf_vocabulary import vocabulary
 from quant.geometry import fitting_group_size, linear_shapes
 from quant.llama.config import LlamaConfig
 from quant.packing import unpack
-from quant.plan import make_plan
+from quant.plan import job_of, make_plan
 from quant.runtime_rules import Facts
 from quant.runtimes import Verdict, verdicts
+from quant.solvers.gptq import EFFORTS
 from quant.sources import open_checkpoint, source_name
-from quant.workload import Job
+from quant.units import size
 
 
 def describe(path: Path) -> dict[str, str]:
@@ -41,7 +42,7 @@ def describe(path: Path) -> dict[str, str]:
         f"{llama.head_dim}",
         "vocabulary": f"{llama.vocab_size}{', tied head' if llama.tie_word_embeddings else ''}",
         "parameters": f"{parameters / 1e6:.1f} M",
-        "size on disk": _size(reader.size_bytes),
+        "size on disk": size(reader.size_bytes),
         "bits per weight": f"{reader.size_bytes * 8 / parameters:.2f} over all parameters",
     }
     form, types = _form(reader), reader.stored_types()
@@ -58,7 +59,7 @@ def describe(path: Path) -> dict[str, str]:
         facts["tensor types"] = _counted(types)
     if coarse_linear(reader):
         return facts | {"to quantize": "no: it is quantized already"}
-    return facts | _cost(llama, reader.size_bytes / parameters)
+    return facts | _cost(reader, llama)
 
 
 _FILES = {
@@ -86,8 +87,8 @@ def _other_grids(config: QuantConfig) -> dict[str, str]:
     """The linears that have another grid, counted by it."""
     counts = Counter((own.bits, own.group_size) for _, own in config.modules)
     told = [
-        f"{count} linears with {bits} bits, group size {size}"
-        for (bits, size), count in sorted(counts.items())
+        f"{count} linears with {bits} bits, group size {width}"
+        for (bits, width), count in sorted(counts.items())
     ]
     head = ["lm_head is quantized"] if config.has_head else []
     return {"other grids": "; ".join(told + head)} if told else {}
@@ -155,20 +156,13 @@ def _gguf_obstacle(reader: CheckpointReader, llama: LlamaConfig) -> str:
     return ""
 
 
-def _cost(llama: LlamaConfig, weight_bytes: float) -> dict[str, str]:
+def _cost(reader: CheckpointReader, llama: LlamaConfig) -> dict[str, str]:
     """What quantizing with the defaults takes."""
-    group_size = fitting_group_size(llama, 128)
-    config = QuantConfig(4, group_size)
-    plan = make_plan(
-        Job(llama, config, 128, min(2048, llama.max_position_embeddings), weight_bytes)
-    )
+    config = QuantConfig(4, fitting_group_size(llama, 128))
+    windows = (128, min(2048, llama.max_position_embeddings))
+    plan = make_plan(job_of(reader, llama, config, windows, EFFORTS["balanced"]))
     return {
-        "to quantize": f"{plan.tokens} tokens by default, group size {group_size}",
-        "memory, roughly": _size(plan.memory),
-        "output size": _size(plan.output),
+        "to quantize": f"{plan.tokens} tokens by default, group size {config.group_size}",
+        "memory, roughly": size(plan.memory),
+        "output size": size(plan.output),
     }
-
-
-def _size(count: int) -> str:
-    """Bytes as MB or GB (decimal)."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

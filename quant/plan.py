@@ -10,10 +10,15 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from calib.capture import Budget
+from calib.hidden import Storage
 from quant.checkpoint import CheckpointReader
+from quant.config import QuantConfig
 from quant.geometry import stored_bytes
+from quant.layer_reader import plain_tensors
+from quant.llama.config import LlamaConfig
 from quant.machine import Rates, available_memory, nearest_folder
 from quant.partial import partial_path
 from quant.units import duration, size
@@ -151,11 +156,41 @@ def check_room(plan: Plan, output: Path, spill: Path | None) -> None:
             )
 
 
-def weight_bytes(reader: CheckpointReader) -> float:
-    """Bytes of a weight in the file, by its first matrix."""
-    size = reader.tensor("model.layers.0.mlp.down_proj.weight").element_size()
-    reader.release()
-    return size
+def job_of(
+    reader: CheckpointReader,
+    llama: LlamaConfig,
+    config: QuantConfig,
+    windows: tuple[int, int],
+    solver: Any,
+    storage: Storage = Storage(),  # noqa: B008 - frozen
+) -> Job:
+    """The job of quantizing a checkpoint.
+
+    Args:
+        windows: how many, and their tokens.
+        solver: the options of one of SOLVERS.
+        storage: dtype and place of the activations between layers.
+    """
+    return Job(
+        llama,
+        config,
+        *windows,
+        _weight_bytes(reader, llama),
+        storage,
+        beside=getattr(solver, "needs_float", False),
+        tuning=getattr(solver, "tuning", 0),
+        extra_products=getattr(solver, "extra_products", 0),
+    )
+
+
+def _weight_bytes(reader: CheckpointReader, llama: LlamaConfig) -> float:
+    """Bytes of a weight in the matrices that are copied: the embedding, and a head of its own."""
+    sizes = []
+    for name, shape in plain_tensors(llama).items():
+        if len(shape) == 2:
+            sizes.append(reader.tensor(name).element_size())
+            reader.release()
+    return sum(sizes) / len(sizes)
 
 
 def parse_size(text: str) -> int:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from calib.capture import Budget, walk
 from calib.hidden import HiddenStates, Storage
 from quant import QuantConfig
+from quant.inspection import describe
 from quant.llama.config import LlamaConfig
 from quant.llama.model import DecoderLayer
 from quant.machine import Rates
@@ -122,6 +124,33 @@ def test_memory_does_not_grow_with_layers(make_checkpoint: Make, tmp_path: Path)
         peaks.append(int(run.stdout))
     held = 24 * 2 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1536)  # 24 layers more in float16
     assert peaks[1] - peaks[0] < held / 2  # 75 MB
+
+
+@pytest.mark.parametrize(
+    ("tied", "repeated", "dtype"),
+    [(False, False, "float16"), (True, False, "float32"), (True, True, "float16")],
+)
+def test_inspect_and_plan_say_the_size_that_is_made(
+    make_checkpoint: Make, tmp_path: Path, tied: bool, repeated: bool, dtype: str
+) -> None:
+    """The head counts if it is not the embedding, even if the file holds it twice."""
+    source = make_checkpoint(
+        dtype=getattr(torch, dtype), vocab_size=20000, tie_word_embeddings=tied
+    )
+    if repeated:
+        index = json.loads((source / "model.safetensors.index.json").read_text())
+        head = {"lm_head.weight": torch.zeros(20000, 128, dtype=torch.float16)}
+        save_file(head, source / "head.safetensors")
+        index["weight_map"]["lm_head.weight"] = "head.safetensors"
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    command = [sys.executable, str(ROOT / "cli.py"), "quantize", "--model", str(source)]
+    command += ["--samples", "4", "--seq-len", "64", "--output", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    said = describe(source)["output size"]
+    assert f", {said} of output" in done.stdout
+    shards = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert abs(float(said.removesuffix(" MB")) - shards / 1e6) < 0.6
 
 
 def test_plan_on_the_command_line(make_checkpoint: Make, tmp_path: Path) -> None:

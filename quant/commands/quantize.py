@@ -71,9 +71,8 @@ def quantize(
     from quant.loader import resolve_device
     from quant.output import refuse_existing
     from quant.pipeline import open_float
-    from quant.plan import fit_memory, parse_size, weight_bytes
+    from quant.plan import fit_memory, job_of, parse_size
     from quant.run_options import RunOptions
-    from quant.workload import Job
 
     reader, llama = open_float(model)
     config = _grid(llama, QuantConfig(bits, group_size, sym), lm_head_bits, target)
@@ -88,9 +87,9 @@ def quantize(
     data = f"{windows.numel()} tokens of {told}"
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
     _advise(windows, llama, sources == ["stdlib"] and model.resolve() != BUNDLED)
-    count, length = windows[distributed.share(len(windows), 0)].shape  # of one process
-    job = Job(llama, config, count, length, weight_bytes(reader), _storage(hidden, spill))
-    job = _with_solver(job, solver_options)
+    mine = windows[distributed.share(len(windows), 0)]  # of one process
+    shape, storage = (len(mine), mine.shape[1]), _storage(hidden, spill)
+    job = job_of(reader, llama, config, shape, solver_options, storage)
     if max_memory is not None:
         job = fit_memory(job, parse_size(max_memory), output.absolute().parent)
     forecast = distributed.from_first(lambda: _forecast(job, output))
@@ -120,16 +119,6 @@ def _grid(llama: Any, config: Any, lm_head_bits: int | None, target: str | None)
     if target:
         _check_target(target, llama, config)
     return config
-
-
-def _with_solver(job: Any, options: Any) -> Any:
-    """The job with what its solver asks for beyond plain GPTQ."""
-    return replace(
-        job,
-        beside=getattr(options, "needs_float", False),
-        extra_products=getattr(options, "extra_products", 0),
-        tuning=getattr(options, "tuning", 0),
-    )
 
 
 def _fitting(llama: Any, config: Any) -> Any:
