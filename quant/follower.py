@@ -7,13 +7,14 @@ when a run is resumed: with as many processes as before, or another number.
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from torch import Tensor
 
 from calib.hidden import HiddenStates
 from quant import distributed
+from quant.background import background_thread
 from quant.grid import QuantizedTensor
 
 
@@ -36,7 +37,7 @@ class Follower:
 
     def __init__(self, windows: int) -> None:
         self.windows = windows
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = background_thread()
         self._sending: Future[None] | None = None
 
     def load_hidden(self, states: HiddenStates) -> None:

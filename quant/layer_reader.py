@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
 
+from quant.background import background_thread
 from quant.checkpoint import CheckpointReader
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
@@ -23,7 +24,7 @@ class LayerReader:
 
     def __init__(self, reader: CheckpointReader, llama: LlamaConfig) -> None:
         self._reader, self._llama = reader, llama
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = background_thread()
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
 
     def ask(self, index: int) -> None:

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from calib.hidden import HiddenStates
 from quant import distributed
+from quant.background import background_thread
 from quant.checkpoint import read_json
 from quant.checkpoint_writer import CheckpointWriter, Part
 from quant.durable import file_sha256, write_file
@@ -64,7 +65,7 @@ class Journal:
     tuning: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = background_thread()
         self._writing: Future[None] | None = None
         self.writer.on_shard = self._write_state
 

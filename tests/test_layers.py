@@ -33,7 +33,7 @@ LAYERS = [
     ]
     + ["quant.output", "quant.geometry", "quant.stream_writer"],
     ["quant.config", "quant.llama", "quant.distributed", "calib", "quant.durable", "quant.units"],
-    ["quant.watch", "quant.native"],
+    ["quant.watch", "quant.native", "quant.background"],
 ]
 
 
