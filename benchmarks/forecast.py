@@ -20,9 +20,9 @@ from calib.hidden import Storage
 from quant import QuantConfig, RunOptions, quantize_checkpoint
 from quant.llama.config import LlamaConfig
 from quant.machine import measure, peak_memory_bytes
-from quant.plan import fit_memory, make_plan, parse_size, weight_bytes
+from quant.plan import fit_memory, job_of, make_plan, parse_size
+from quant.solvers.gptq import GPTQOptions
 from quant.sources import open_checkpoint
-from quant.workload import Job
 
 
 def main() -> None:
@@ -36,21 +36,19 @@ def main() -> None:
     asked = parser.parse_args()
     reader = open_checkpoint(asked.model)
     llama, config = LlamaConfig.from_dict(reader.config), QuantConfig(group_size=asked.group_size)
-    size = weight_bytes(reader)
-    job = Job(llama, config, asked.samples, asked.seq_len, size, Storage(spill=asked.spill))
+    windows, solver = (asked.samples, asked.seq_len), GPTQOptions()
+    job = job_of(reader, llama, config, windows, solver, Storage(spill=asked.spill))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if asked.max_memory:
             job = fit_memory(job, parse_size(asked.max_memory), folder)
         plan, rates = make_plan(job), measure(folder)
-        windows = torch.randint(0, llama.vocab_size, (asked.samples, asked.seq_len))
+        ids = torch.randint(0, llama.vocab_size, windows)
         options = RunOptions(storage=job.storage, budget=job.budget)
-        report = quantize_checkpoint(
-            asked.model, folder / "out", windows, config, run_options=options
-        )
+        report = quantize_checkpoint(asked.model, folder / "out", ids, config, solver, options)
     seconds, peak = plan.seconds(rates), peak_memory_bytes()
     assert peak is not None
-    embedding = llama.vocab_size * llama.hidden_size * size
+    embedding = llama.vocab_size * llama.hidden_size * job.weight_bytes
     print(
         f"| {asked.model.name} | {llama.num_hidden_layers} | {asked.samples} x {asked.seq_len} | "
         f"{seconds:.0f} / {report.seconds:.0f} ({report.seconds / seconds:.2f}) | "

@@ -129,6 +129,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
         ["quantize", "--model", "MODEL", "--asym", "--target", "vllm"],
         "--target vllm will not load the result",
     ),
+    "push": (["quantize", "--model", "MODEL", "--push", "a b"], "--push a b: Repo id must use"),
     "export": (["export", "--to", "x", "MODEL", "out"], "cannot export to 'x'"),
     "export float": (["export", "--to", "gptq_v2", "MODEL", "out"], "is not quantized"),
     "empty text": (["quantize", "--model", "MODEL", "--calib", "empty.txt"], "empty.txt: is empty"),

@@ -14,7 +14,7 @@ import torch
 from quant.config import QuantConfig
 from quant.model_card import write_card
 from quant.pipeline import quantize_checkpoint
-from quant.publishing import push
+from quant.publishing import check_push, push
 from quant.solvers.gptq import GPTQOptions
 
 Make = Callable[..., Path]
@@ -72,9 +72,10 @@ def test_pushing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[tuple[Any, ...]] = []
 
     class Api:
-        def create_repo(self, repository: str, private: bool, exist_ok: bool) -> str:
+        def create_repo(self, repository: str, private: bool, exist_ok: bool) -> Any:
             calls.append(("create", repository, private, exist_ok))
-            return "https://hub/" + repository
+            owned = repository if "/" in repository else f"me/{repository}"
+            return hub.RepoUrl(f"https://huggingface.co/{owned}")
 
         def upload_folder(self, repo_id: str, folder_path: str) -> None:
             calls.append(("upload", repo_id, folder_path))
@@ -82,10 +83,24 @@ def test_pushing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
                 raise OSError("no\nroom")
 
     monkeypatch.setattr(hub, "HfApi", Api)
-    assert push(tmp_path, "a/b") == "https://hub/a/b"
+    assert push(tmp_path, "a/b") == "https://huggingface.co/a/b"
     assert calls == [("create", "a/b", True, True), ("upload", "a/b", str(tmp_path))]
     with pytest.raises(OSError, match=r"a/full could not be pushed \(no room\)"):
         push(tmp_path, "a/full")
+    push(tmp_path, "b")
+    assert calls[-1] == ("upload", "me/b", str(tmp_path))
+
+
+def test_a_push_that_cannot_be_is_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    check_push("a/b")
+    for name in ("a b", "a/b/c", "a--b", "a/.b", "x" * 97):
+        with pytest.raises(ValueError, match=f"--push {name}: .*[Rr]epo"):
+            check_push(name)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ValueError, match="--push a/b: no token for the Hugging Face hub; run: hf"):
+        check_push("a/b")
     real = builtins.__import__
 
     def absent(name: str, *rest: Any) -> Any:
@@ -95,4 +110,4 @@ def test_pushing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(ValueError, match="--push needs huggingface_hub"):
-        push(tmp_path, "a/b")
+        check_push("a/b")

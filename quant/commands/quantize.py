@@ -72,8 +72,12 @@ def quantize(
     from quant.output import refuse_existing
     from quant.pipeline import open_float
     from quant.plan import fit_memory, job_of, parse_size
+    from quant.publishing import check_push
+    from quant.publishing import push as push_folder
     from quant.run_options import RunOptions
 
+    if push and distributed.rank() == 0:
+        check_push(push)
     reader, llama = open_float(model)
     config = _grid(llama, QuantConfig(bits, group_size, sym), lm_head_bits, target)
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
@@ -98,8 +102,6 @@ def quantize(
         run_options = RunOptions(*places, forecast=forecast, data=told)
         _run(model, output, windows, config, solver_options, run_options)
     if push and not plan and distributed.rank() == 0:
-        from quant.publishing import push as push_folder
-
         print(f"pushed: {push_folder(output, push)}")
 
 
