@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -72,6 +73,23 @@ def start(context: typer.Context) -> None:
         print('  python cli.py generate "def "     write text with it')
 
 
+UsageError: Any = typer.BadParameter.__base__  # of the click that this typer brings
+
+
+def usage_line(error: Any, words: list[str]) -> str:
+    """What is wrong with the arguments, what would be right, and where to read on."""
+    told = " ".join(error.format_message().split()).rstrip(".?")
+    names = getattr(getattr(error, "param", None), "opts", [])
+    given = [after for word, after in pairwise([*words, ""]) if word in names]
+    given += [word.partition("=")[2] for word in words if word.partition("=")[0] in names]
+    if given and repr(given[0]) not in told:
+        told += f", not {given[0]!r}"
+    if commands := getattr(getattr(error.ctx, "command", None), "commands", None):
+        told += f"; there are {', '.join(commands)}" if "ommand" in told else ""
+    place = f"{error.ctx.command_path} --help" if error.ctx else "--help"
+    return f"{told}; see: {place}"
+
+
 GROUPS = {"bench": typer.Typer(help="Time kernels and whole models on this machine.")}
 for name, group in GROUPS.items():
     app.add_typer(group, name=name)
@@ -88,7 +106,12 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows does not know every character
             stream.reconfigure(errors="replace")
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except UsageError as error:
+        print_error(f"error: {usage_line(error, sys.argv[1:])}")
+        code = 2
+    sys.exit(code)
 
 
 if __name__ == "__main__":

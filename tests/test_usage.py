@@ -1,0 +1,31 @@
+"""pytest tests/test_usage.py: wrong arguments get one line, whatever the version of typer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_cli import cli
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "unknown option": (["quantize", "--bitz", "4"], "error: No such option: --bitz"),
+    "no number": (["quantize", "--bits", "four"], "'four'"),
+    "no number =": (["quantize", "--damp=a lot"], "'a lot'; see: cli.py quantize --help"),
+    "out of range": (["bench", "decode", "--new-tokens", "0"], "'--new-tokens'"),
+    "no value": (["eval", "--data"], "'--data' requires an argument; see: "),
+    "no argument": (["generate"], "see: cli.py generate --help"),
+    "no option": (["export", "a", "b"], "Missing option '--to'; see: cli.py export --help"),
+    "extra": (["inspect", "a", "b"], "Got unexpected extra argument"),
+    "command": (["quantise"], "No such command 'quantise'"),
+    "commands": (["x"], "; there are quantize, eval, generate"),
+    "no subcommand": (["bench"], "Missing command; there are kernels, decode; see: cli.py bench"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_argument_is_one_line(tmp_path: Path, case: str) -> None:
+    arguments, message = WRONG[case]
+    run = cli(*arguments, cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert message in run.stderr and len(run.stderr.splitlines()) == 1
+    assert run.stderr.startswith("error: ") and "--help" in run.stderr
