@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -31,6 +32,11 @@ def exact_losses(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> Te
     """(w - q) H (w - q)^T of each row in float64."""
     errors = weight.double() - tensor.dequantize(torch.float64)
     return (errors @ hessian.double() * errors).sum(1)
+
+
+def rescaled(tensor: QuantizedTensor, scales: Tensor) -> QuantizedTensor:
+    """The same codes with other scales."""
+    return dataclasses.replace(tensor, grid=dataclasses.replace(tensor.grid, scales=scales.float()))
 
 
 def literal_sweep(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> tuple[Tensor, ...]:
@@ -89,7 +95,7 @@ def test_native_and_torch_sweep_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_normal_equations_are_those_of_the_formula() -> None:
     weight, hessian, tensor = solved(6, 96, 1, QuantConfig(4, 32, False))
     errors = weight.double() - tensor.dequantize(torch.float64)
-    A, b = normal_equations(errors, hessian.double(), tensor)
+    A, b = normal_equations(weight.double(), hessian.double(), tensor)
     zeros = tensor.grid.zeros.double().repeat_interleave(32, 1)
     steps = tensor.codes.double() - zeros
     for row in range(6):
@@ -115,6 +121,29 @@ def test_refit_scales_are_the_least_squares_solution() -> None:
         outputs = torch.stack([x[:, :32] @ steps[0], x[:, 32:] @ steps[1]], 1)
         best = torch.linalg.lstsq(outputs, (x @ weight[row].double())[:, None]).solution[:, 0]
         assert torch.allclose(fitted.grid.scales[row].double(), best, rtol=2**-10)
+
+
+def test_scales_that_rounding_would_make_worse_are_kept() -> None:
+    """Two groups of nearly the same inputs: float16 neighbours of the solution may lose less."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 32, generator=generator, dtype=torch.float64)
+    x = torch.cat([x, x + 1e-4 * torch.randn(200, 32, generator=generator)], 1)
+    hessian, start = (x.T @ x).float(), torch.randn(12, 32, generator=generator)
+    weight = torch.cat([start, start], 1)
+    tensor = gptq.solve(weight, hessian, QuantConfig(4, 32), GPTQOptions(scales="minmax")).tensor
+    half = refit(weight, hessian, tensor).grid.scales.half()
+    steps = torch.tensor(list(itertools.product(range(-2, 3), repeat=2)), dtype=torch.int16)
+    losses, kept = exact_losses(weight, hessian, rescaled(tensor, half)), half.float()
+    for step in steps:
+        scales = (half.view(torch.int16) + step).view(torch.float16).float()
+        better = exact_losses(weight, hessian, rescaled(tensor, scales))
+        kept = torch.where((better < losses)[:, None], scales, kept)
+        losses = torch.minimum(better, losses)
+    moved = (kept != half.float()).any(1)
+    assert moved.sum() >= 3
+    best = rescaled(tensor, kept)
+    after = refit(weight, hessian, best)
+    assert torch.equal(after.grid.scales[moved], kept[moved])
 
 
 def test_inputs_never_seen_and_groups_of_zeros_keep_what_they_have() -> None:

@@ -1,12 +1,12 @@
 """The scales that lose least for given codes: least squares over a row's groups.
 
 With c = code - zero and one scale a group, a row's loss (w - q) H (w - q)^T is quadratic in its
-scales. Changing them by d, the normal equations are
+scales. Changing them by d, it changes by d A d - 2 b d with
 
-    A d = b ,    A_gh = c_g^T H_gh c_h ,    b_g = c_g^T ((w - q) H)_g ,
+    A_gh = c_g^T H_gh c_h ,    b_g = c_g^T (H (w - q))_g ,
 
-and as d is small, float32 products suffice. The new scales are rounded to float16, and a row keeps
-its old ones unless its exact loss falls.
+and is least where A d = b. As d is small, float32 products suffice. The new scales are rounded to
+float16, and a row keeps its old ones unless the change is below zero for them as rounded.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from quant.grid import LARGEST_SCALE, SMALLEST_SCALE, QuantizedTensor
-from quant.solvers.loss import output_energy
+from quant.native.products import product
 
-_ROWS = 256  # rows at a time: (rows, groups, groups) float64 stays small
+_ROWS, _NUMBERS = 512, 1 << 23  # at a time: what a group makes of rows stays in the cache; in A
 _RIDGE = 1e-6  # of the mean diagonal of A: codes of two groups may be all but dependent
 
 
@@ -35,9 +35,10 @@ def refit(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> Quantized
         The same codes; float16-exact scales of the same signs, with no row's loss above what it
         was.
     """
+    step = min(_ROWS, max(16, _NUMBERS // tensor.grid.scales.shape[1] ** 2))
     parts = [
         _refit_rows(weight[rows], hessian, tensor.rows(rows))
-        for rows in (slice(start, start + _ROWS) for start in range(0, len(weight), _ROWS))
+        for rows in (slice(start, start + step) for start in range(0, len(weight), step))
     ]
     return replace(tensor, grid=replace(tensor.grid, scales=torch.cat(parts)))
 
@@ -45,38 +46,38 @@ def refit(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> Quantized
 def _refit_rows(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> Tensor:
     """The scales (rows, groups) of some rows."""
     old = tensor.grid.scales
-    errors = weight - tensor.dequantize(weight.dtype)
-    A, b = normal_equations(errors, hessian, tensor)
+    A, b = normal_equations(weight, hessian, tensor)
     diagonal = A.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True).clamp(min=1e-30)
-    diagonal.add_(_RIDGE * mean)  # also what a group of zeros has: it keeps its scale
+    ridge = _RIDGE * diagonal.mean(1, keepdim=True).clamp(min=1e-30)
+    diagonal.add_(ridge)  # also what a group of zeros has: it keeps its scale
     lower, failed = torch.linalg.cholesky_ex(A)
     change = torch.cholesky_solve(b[..., None], lower)[..., 0].to(old.dtype)
     sizes = (old + change) * old.sign()
     fitted = sizes.clamp(SMALLEST_SCALE, LARGEST_SCALE).half().to(old.dtype).copysign(old)
     usable = (failed == 0)[:, None] & torch.isfinite(fitted) & (sizes > 0)
     fitted = torch.where(usable, fitted, old)
-    moved = weight - replace(tensor, grid=replace(tensor.grid, scales=fitted)).dequantize()
-    falls = output_energy(moved, hessian) < output_energy(errors, hessian)
+    d = fitted.double() - old.double()  # exact
+    diagonal.sub_(ridge)
+    falls = ((A @ d[..., None])[..., 0] - 2 * b).mul_(d).sum(1) < 0
     return torch.where(falls[:, None], fitted, old)
 
 
 def normal_equations(
-    errors: Tensor, hessian: Tensor, tensor: QuantizedTensor
+    weight: Tensor, hessian: Tensor, tensor: QuantizedTensor
 ) -> tuple[Tensor, Tensor]:
-    """A (rows, groups, groups) and b (rows, groups), float64, for errors (rows, in) of the rows."""
-    shape = (*tensor.grid.scales.shape, -1)  # (rows, groups, width)
-    zeros = tensor.grid.zeros[..., None].to(errors.dtype)
-    steps = tensor.codes.view(shape).to(errors.dtype) - zeros
-    rows, groups, width = steps.shape
-    A = torch.empty(rows, groups, groups, dtype=torch.float64, device=errors.device)
+    """A (rows, groups, groups) and b (rows, groups), float64, of the rows (rows, in) of a weight."""
+    rows, groups = tensor.grid.scales.shape
+    shape = (groups, -1, rows)  # of the transposes below, group by group
+    zeros = tensor.grid.zeros.T[:, None].to(weight.dtype)
+    steps = tensor.codes.T.contiguous().to(weight.dtype).view(shape).sub_(zeros)
+    errors = (steps * tensor.grid.scales.T[:, None]).view(-1, rows).sub_(weight.T).neg_()
+    pulls = product(hessian, errors).view(shape)
+    b = pulls.mul_(steps).sum(1).T.double()
+    A = torch.empty(groups, groups, rows, dtype=torch.float64, device=weight.device)
+    width = steps.shape[1]
     for group in range(groups):  # the lower triangle, and its mirror
-        columns = slice(group * width, (group + 1) * width)
-        product = steps[:, group] @ hessian[columns, : columns.stop]  # (rows, columns so far)
-        part = torch.einsum(
-            "rgw,rgw->rg", product.view(rows, group + 1, width), steps[:, : group + 1]
-        )
-        A[:, group, : group + 1] = part
-        A[:, : group + 1, group] = part
-    b = ((errors @ hessian).view(shape) * steps).sum(-1, dtype=torch.float64)
-    return A, b
+        end = (group + 1) * width
+        onto = product(hessian[:end, end - width : end], steps[group]).view(group + 1, width, rows)
+        A[group, : group + 1] = onto.mul_(steps[: group + 1]).sum(1)
+        A[:group, group] = A[group, :group]
+    return A.permute(2, 0, 1).contiguous(), b
