@@ -65,7 +65,7 @@ def _refit_rows(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> Ten
 def normal_equations(
     weight: Tensor, hessian: Tensor, tensor: QuantizedTensor
 ) -> tuple[Tensor, Tensor]:
-    """A (rows, groups, groups) and b (rows, groups), float64, of the rows (rows, in) of a weight."""
+    """A (rows, groups, groups) and b (rows, groups), float64, of rows (rows, in) of a weight."""
     rows, groups = tensor.grid.scales.shape
     shape = (groups, -1, rows)  # of the transposes below, group by group
     zeros = tensor.grid.zeros.T[:, None].to(weight.dtype)
