@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 
 from quant.config import QuantConfig
-from quant.contenders import CONTENDERS
+from quant.contenders import CONTENDERS, ours
 from quant.grid import QuantizedTensor, fit_minmax, nearest_codes
+from quant.kernels import cpu
 from quant.kernels.cpu import in_large_pages
+from quant.linear import QuantLinear
 from quant.llama.cache import KVCache
 from quant.llama.model import Llama
 
@@ -63,6 +66,30 @@ def measure_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processor": _processor(),
         "torch": torch.__version__,
+    }
+
+
+def measure_calls(repeats: int = 9) -> dict[str, float]:
+    """Microseconds that a call from Python takes more than the compiled function, of which 1 row
+    times 576 x 1536 in `fast` needs few: of the backend's `matmul`, and of a `QuantLinear`.
+    """
+    qt, x = _weight(576, 1536, 64), torch.randn(1, 576)
+    packed, linear = cpu.pack(qt), QuantLinear(qt, backend="cpu", precision="fast")
+    calls = (
+        ours.bare_call("fast", packed, x),
+        ours.bare_call("fast", packed, x[:0]),  # what ctypes takes for calling it
+        lambda: cpu.matmul(x, packed, "fast"),
+        lambda: linear(x),
+    )
+    times: list[list[float]] = [[] for _ in calls]
+    with torch.inference_mode():
+        for _ in range(repeats):
+            for call, mine in zip(calls, times, strict=True):
+                mine.append(timeit.timeit(call, number=1000) * 1e3)
+    bare, empty, matmul, whole = (statistics.median(t) for t in times)
+    return {
+        "matmul_call_us": round(matmul - (bare - empty), 2),
+        "linear_call_us": round(whole - (bare - empty), 2),
     }
 
 

@@ -104,14 +104,35 @@ def test_bad_arguments() -> None:
         cpu.matmul(torch.ones(2, 128, device="meta"), packed)
     with pytest.raises(ValueError, match="precision 'half' is unknown; there are exact"):
         cpu.matmul(torch.ones(2, 128), packed, "half")
+    gathered = cpu.pack(shuffled(make(40, 128), 3))
+    for columns in (gathered["gather"] + 127, gathered["gather"] - 1, gathered["gather"].long()):
+        with pytest.raises(ValueError, match="packed tensors do not belong together"):
+            cpu.matmul(torch.ones(2, 128), {**gathered, "gather": columns})
     for name, wrong in (
         ("codes", packed["codes"][:1]),
+        ("codes", packed["codes"].float()),
         ("scales", packed["scales"][:, :3]),
+        ("scales", packed["scales"].char()),
         ("zeros", packed["zeros"][:1]),
+        ("zeros", packed["zeros"].half()),
         ("extent", torch.empty(80, 128, 0)),
     ):
         with pytest.raises(ValueError, match="packed tensors do not belong together"):
             cpu.matmul(torch.ones(2, 128), {**packed, name: wrong})
+
+
+@built
+@pytest.mark.parametrize("name", ["codes", "scales", "zeros", "gather"])
+def test_tensors_that_move_are_found_again(name: str) -> None:
+    """As `share_memory_` moves them: the same object, its data elsewhere."""
+    packed = cpu.pack(shuffled(make(40, 256), 4))
+    other = packed[name].flip(-1)
+    x = rows(3, 256)
+    before = cpu.matmul(x, packed, "high")
+    packed[name].set_(other)
+    after = cpu.matmul(x, packed, "high")
+    assert not torch.equal(after, before)
+    assert torch.equal(after, cpu.matmul(x, {**packed, name: other.clone()}, "high"))
 
 
 @built

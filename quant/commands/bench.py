@@ -46,7 +46,10 @@ def bench_kernels(
     budget: Budget = 0.3,
 ) -> None:
     """Time our int4 kernel and those of others that are installed, taking turns."""
+    import torch
+
     from quant import bench, roofline
+    from quant.kernels import cpu
 
     sizes = _shapes(shapes) if shapes else bench.SHAPES
     counts = tuple(_number(m, "--rows") for m in rows.split(","))
@@ -56,6 +59,12 @@ def bench_kernels(
         f"{machine['processor']}, {machine['threads']} threads: reads {machine['read_gb_s']} GB/s, "
         f"multiplies {machine['sgemm_gflop_s']} GFLOP/s in float32"
     )
+    if cpu.is_available(torch.device("cpu")):
+        machine |= bench.measure_calls()
+        print(
+            f"a call of ours from Python: {machine['matmul_call_us']} us more than the compiled "
+            f"function, {machine['linear_call_us']} us from a QuantLinear"
+        )
     print(
         f"{'K':>6}{'N':>7}{'M':>5} {'':5}{'kernel':33}{'ms':>10}{'GB/s':>9}{'GOP/s':>9}{'roof':>7}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import partial
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from quant.grid import QuantizedTensor
 from quant.kernels import PRECISIONS, cpu
+from quant.native import library
+from quant.native.weight import pack_call, view
 
 MODES = PRECISIONS
 
@@ -23,6 +26,14 @@ def build(
     size = sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
     all_packed = [packed, *(_copy(packed) for _ in range(copies - 1))]
     return [partial(cpu.matmul, packed=p, precision=mode) for p in all_packed], size
+
+
+def bare_call(mode: str, packed: dict[str, Tensor], x: Tensor) -> Callable[[], int]:
+    """The compiled function alone, its arguments ready."""
+    kern, weight, y = library(), view(**packed), torch.empty(len(x), packed["extent"].shape[0])
+    pointers = ctypes.addressof(weight), 0, x.data_ptr(), y.data_ptr()
+    call = pack_call(*pointers, x.shape[1], len(x), PRECISIONS.index(mode))
+    return lambda kept=(weight, x, y): kern.kern_matmul(call)  # type: ignore[misc, union-attr]
 
 
 def _copy(packed: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,12 +24,13 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty, float32
+from torch.compiler import is_compiling
 
 from quant.grid import QuantizedTensor
-from quant.native import PRECISIONS, Weight, library
+from quant.native import PRECISIONS, TILE, library
+from quant.native.weight import pack_call, view
 
-_TILE = 16
 _LARGE_PAGE = 2 << 20
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NUMBER = {name: number for number, name in enumerate(PRECISIONS)}
@@ -83,20 +84,20 @@ def _columns(qt: QuantizedTensor, groups: int) -> Tensor:
 
 def _pad_rows(tensor: Tensor) -> Tensor:
     """(N, ...) -> (N rounded up to whole tiles, ...), with zeros."""
-    return torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % _TILE))
+    return torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % TILE))
 
 
 def _tiles(tensor: Tensor) -> Tensor:
     """(N, G) -> (T, G, 16)."""
-    return tensor.unflatten(0, (-1, _TILE)).transpose(1, 2).contiguous()
+    return tensor.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
 
 
 def _pack_codes(codes: Tensor, bits: int) -> Tensor:
     """(N, K) uint8 -> (T, lines, 64): 4 inputs of each of 16 outputs, with 4 bits 8 inputs."""
     if bits == 8:
-        lines = codes.view(len(codes) // _TILE, _TILE, -1, 4)
+        lines = codes.view(len(codes) // TILE, TILE, -1, 4)
     else:
-        halves = codes.view(len(codes) // _TILE, _TILE, -1, 2, 4)
+        halves = codes.view(len(codes) // TILE, TILE, -1, 2, 4)
         lines = halves[..., 0, :] | halves[..., 1, :] << 4
     return lines.transpose(1, 2).flatten(2).contiguous()
 
@@ -123,7 +124,7 @@ def matmul(x: Tensor, packed: dict[str, Tensor], precision: str = "exact") -> Te
     """
     if precision not in _NUMBER:
         raise ValueError(f"precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}")
-    call = _operator if torch.compiler.is_compiling() else _matmul
+    call = _operator if is_compiling() else _matmul
     return call(
         x,
         packed["codes"],
@@ -141,59 +142,21 @@ class _Plan:
     def __init__(
         self, codes: Tensor, scales: Tensor, zeros: Tensor, extent: Tensor, gather: Tensor | None
     ) -> None:
-        weight = _checked(codes, scales, zeros, extent, gather)
+        weight = view(codes, scales, zeros, extent, gather)
         self.codes = weakref.ref(codes, _forget(id(codes)))
         self.scales, self.zeros, self.extent, self.gather = scales, zeros, extent, gather
         self.pointers = codes.data_ptr(), scales.data_ptr(), zeros.data_ptr()
         self.n, self.k = extent.shape[0], extent.shape[1]
-        # As the library takes them: ctypes need not convert them at every call.
-        self.weight, self.stride = ctypes.byref(weight), ctypes.c_int64(self.k)
-        self.columns = ctypes.c_void_p(None if gather is None else gather.data_ptr())
-
-    def holds(
-        self, codes: Tensor, scales: Tensor, zeros: Tensor, extent: Tensor, gather: Tensor | None
-    ) -> bool:
-        """Whether it was made of these tensors, and their data is where it was."""
-        return (
-            self.codes() is codes
-            and self.scales is scales
-            and self.zeros is zeros
-            and self.extent is extent
-            and self.gather is gather
-            and self.pointers == (codes.data_ptr(), scales.data_ptr(), zeros.data_ptr())
-        )
+        self.weight, self.address = weight, ctypes.addressof(weight)
+        self.multiply = library().kern_matmul  # type: ignore[union-attr]
 
 
 _PLANS: dict[int, _Plan] = {}  # by id of the codes
 
 
 def _forget(key: int) -> Callable[[object], object]:
-    return lambda _: _PLANS.pop(key, None)
-
-
-def _checked(
-    codes: Tensor, scales: Tensor, zeros: Tensor, extent: Tensor, gather: Tensor | None
-) -> Weight:
-    """The library's view of a packed matrix, after checking that its tensors belong together."""
-    n, k = extent.shape[0], extent.shape[1]
-    tiles, groups, padded = scales.shape[0], scales.shape[1], k if gather is None else len(gather)
-    bits = codes.numel() * 8 // max(1, tiles * _TILE * padded)
-    one_zero = zeros.numel() == 1
-    fit = (
-        bits in (4, 8)
-        and codes.numel() * 8 == tiles * _TILE * padded * bits
-        and padded % (32 * groups) == 0
-        and (tiles - 1) * _TILE < n <= tiles * _TILE
-        and (one_zero or zeros.shape == scales.shape)
-        and all(t.is_contiguous() and t.is_cpu for t in (codes, scales, zeros))
-    )
-    if not fit:
-        raise ValueError(
-            f"packed tensors do not belong together: codes {tuple(codes.shape)}, scales "
-            f"{tuple(scales.shape)}, zeros {tuple(zeros.shape)} for {n} outputs, {padded} inputs"
-        )
-    pointers = codes.data_ptr(), scales.data_ptr(), zeros.data_ptr()
-    return Weight(*pointers, n, padded, padded // groups, bits, one_zero)
+    forget = _PLANS.pop  # which is there to the end, when modules are emptied
+    return lambda _: forget(key, None)
 
 
 def _matmul(
@@ -205,26 +168,38 @@ def _matmul(
     gather: Tensor | None,
     precision: int,
 ) -> Tensor:
-    """Check every size, then call the library."""
+    """Check every size, then call the library. Small products take as long as what is done here, so
+    that little is called.
+    """
     plan = _PLANS.get(id(codes))
-    if plan is None or not plan.holds(codes, scales, zeros, extent, gather):
+    if (
+        plan is None
+        or plan.codes() is not codes
+        or plan.scales is not scales
+        or plan.zeros is not zeros
+        or plan.extent is not extent
+        or plan.gather is not gather
+        or plan.pointers != (codes.data_ptr(), scales.data_ptr(), zeros.data_ptr())
+    ):
         plan = _PLANS[id(codes)] = _Plan(codes, scales, zeros, extent, gather)
     *outer, k = x.shape
-    if k != plan.k or x.dtype not in _FLOATS or not x.is_cpu:
+    dtype = x.dtype
+    if k != plan.k or dtype not in _FLOATS or not x.is_cpu:
         raise ValueError(
-            f"x of shape {tuple(x.shape)}, {x.dtype}, on {x.device}: expected (..., {plan.k}) "
+            f"x of shape {tuple(x.shape)}, {dtype}, on {x.device}: expected (..., {plan.k}) "
             "floats on the CPU"
         )
-    rows, stride = x, plan.stride
-    if x.dtype is not torch.float32 or not x.is_contiguous():
-        rows = x.float().reshape(-1, k)
+    rows, stride = x if dtype is float32 else x.float(), k
+    if not rows.is_contiguous():
+        rows = rows.reshape(-1, k)
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        stride = ctypes.c_int64(rows.stride(0))
-    m, y = x.numel() // k, torch.empty(*outer, plan.n)
-    multiply = library().kern_matmul  # type: ignore[union-attr]
-    if multiply(precision, plan.weight, rows.data_ptr(), stride, plan.columns, m, y.data_ptr()):
+        stride = rows.stride(0)
+    m, y = x.numel() // k, empty(*outer, plan.n)
+    columns = 0 if gather is None else gather.data_ptr()
+    pointers = plan.address, columns, rows.data_ptr(), y.data_ptr()
+    if plan.multiply(pack_call(*pointers, stride, m, precision)):
         raise MemoryError(f"no memory for the activations of {m} rows")
-    return y if x.dtype is torch.float32 else y.to(x.dtype)
+    return y if dtype is float32 else y.to(dtype)
 
 
 _LIBRARY = torch.library.Library("llama_gptq", "DEF")

@@ -15,21 +15,7 @@ from pathlib import Path
 import torch
 
 PRECISIONS = ("exact", "high", "fast")  # `enum precision` of kern.h
-
-
-class Weight(ctypes.Structure):
-    """`kern_weight` of kern.h."""
-
-    _fields_ = [
-        ("codes", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("group", ctypes.c_int64),
-        ("bits", ctypes.c_int32),
-        ("one_zero", ctypes.c_int32),
-    ]
+TILE = 16  # outputs, of kern.h
 
 
 @functools.cache
@@ -54,10 +40,6 @@ def library() -> ctypes.CDLL | None:
     kern.kern_selected.restype = ctypes.c_char_p
     kern.kern_select.argtypes = [ctypes.c_char_p]
     kern.kern_use_pool.argtypes = [ctypes.c_void_p, ctypes.c_int]
-    kern.kern_matmul.argtypes = [
-        *(ctypes.c_int, ctypes.POINTER(Weight), ctypes.c_void_p, ctypes.c_int64),
-        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
-    ]
     kern.kern_round_block.argtypes = [ctypes.c_void_p]
     kern.kern_fit_scales.argtypes = [ctypes.c_void_p]
     kern.kern_multiply.argtypes = [ctypes.c_void_p]

@@ -26,6 +26,16 @@ typedef struct {
     int32_t bits, one_zero; /* stored width, 4 or 8; whether `zeros` is a single one */
 } kern_weight;
 
+/* y (m, w->n) = x (m rows, ldx floats apart) times w. gather: for each of the w->k padded inputs its
+ * column of x, or -1 for padding; NULL: x has w->k columns, in order. */
+typedef struct {
+    const kern_weight *w;
+    const int32_t *gather;
+    const float *x;
+    float *y;
+    int64_t ldx, m, precision;
+} kern_call;
+
 /* Activations as a precision wants them, in words of 4 bytes: one float, two int16 or four int8
  * inputs. A block of rows stands together, word by word: word i of its row r is
  * words[i * rows + r], so that a kernel reads all its rows in one stream; scales and sums likewise.
@@ -91,7 +101,7 @@ typedef struct {
 typedef struct {
     const char *name;
     int tile_rows[3], panel_rows[3], panel_tiles;
-    /* One row of floats -> its place in a block of `rows` rows; gather as in kern_matmul. */
+    /* One row of floats -> its place in a block of `rows` rows; gather as in kern_call. */
     void (*prepare)(int precision, const kern_weight *w, const float *x, const int32_t *gather,
                     int64_t block, int rows, uint32_t *words, float *scales, float *sums);
     /* out (rows, 16) = a block of rows of x times one tile. */
@@ -130,11 +140,8 @@ KERN_API const char *kern_selected(void);
 /* Run on the pool behind `parallel_for` (torch_parallel_for of libtorch); NULL: own threads. */
 KERN_API void kern_use_pool(void *parallel_for, int threads);
 
-/* y (m, w->n) = x (m rows, ldx apart) times w.
- * gather: for each of the w->k padded inputs its column of x, or -1 for padding; NULL: x has w->k
- * columns, in order. 0, or -1 when memory is short. */
-KERN_API int kern_matmul(int precision, const kern_weight *w, const float *x, int64_t ldx,
-                         const int32_t *gather, int64_t m, float *y);
+/* 0, or -1 when memory is short. */
+KERN_API int kern_matmul(const kern_call *call);
 
 /* Round one block of columns. 0, or -1 where it has more than SOLVE_MOST_COLUMNS. */
 KERN_API int kern_round_block(const kern_block *b);

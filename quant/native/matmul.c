@@ -150,18 +150,20 @@ static void *make_room(job *j) {
     return room;
 }
 
-int kern_matmul(int precision, const kern_weight *w, const float *x, int64_t ldx,
-                const int32_t *gather, int64_t m, float *y) {
+int kern_matmul(const kern_call *call) {
+    const kern_weight *w = call->w;
+    const int64_t m = call->m;
+    int precision = (int)call->precision;
     if (m == 0 || w->n == 0) return 0;
     if (w->bits == 8 && precision == FAST) precision = HIGH; /* products of bytes would saturate */
     job j = {.isa = kern_active(),
              .precision = precision,
              .w = w,
-             .x = x,
-             .ldx = ldx,
+             .x = call->x,
+             .ldx = call->ldx,
              .m = m,
-             .gather = gather,
-             .y = y};
+             .gather = call->gather,
+             .y = call->y};
     j.by_panel = j.isa->panel_rows[precision] && m > most_tile_rows(precision, w->bits);
     j.most = j.by_panel     ? j.isa->panel_rows[precision]
              : w->bits == 8 ? 1
