@@ -86,7 +86,8 @@ def evaluate(
         on_window: called with (windows done, windows in all).
 
     Raises:
-        ValueError: the text is shorter than one window, or holds ids outside the vocabulary.
+        ValueError: the text is shorter than one window, holds ids outside the vocabulary, or a
+            model's logits are not finite.
     """
     windows = _windows(ids, window, model.config.vocab_size).to(
         model.model.embed_tokens.weight.device
@@ -96,6 +97,7 @@ def evaluate(
     with torch.inference_mode():
         for batch in windows.split(max(1, _BATCH_TOKENS // window)):
             scores.append(_score(model, reference, batch))
+            _check_finite(scores[-1], done)
             done += len(batch)
             on_window(done, len(windows))
     nll, reference_nll, divergence, agreement = torch.cat(scores, dim=1)
@@ -146,6 +148,18 @@ def _score(model: Llama, reference: Llama | None, batch: Tensor) -> Tensor:
             scores[3, rows] = (expected.argmax(-1) == log_probs.argmax(-1)).double()
             scores[2, rows] = log_probs.neg_().add_(expected).mul_(expected.exp_()).sum(-1)
     return scores.unflatten(1, (len(batch), -1))
+
+
+def _check_finite(scores: Tensor, windows_before: int) -> None:
+    """Raise ValueError if the scores (4, windows, tokens) of a batch are not numbers."""
+    for whose, nll in zip(("model", "reference"), scores, strict=False):
+        bad = ~torch.isfinite(nll).all(-1)
+        if bad.any():
+            window = windows_before + int(bad.int().argmax()) + 1
+            raise ValueError(
+                f"the {whose}'s logits are not finite in window {window}; its checkpoint is "
+                "damaged, or it overflows"
+            )
 
 
 def _log_probs(model: Llama, states: Tensor) -> Tensor:

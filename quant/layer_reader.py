@@ -15,6 +15,12 @@ from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 LINEARS = frozenset(name for group in LINEAR_GROUPS for name in group)
 
 
+class DamagedLayer(ValueError):
+    """A tensor of a layer is missing, damaged, of another shape than config.json says, or not
+    finite.
+    """
+
+
 class LayerReader:
     """Reads layers one at a time, in a thread where the caller says when.
 
@@ -36,12 +42,14 @@ class LayerReader:
         """A layer's tensors by their name within it, in the dtype of the file; checked, in memory.
 
         Raises:
-            ValueError: a tensor is missing, has another shape than config.json says, or is not
-                finite.
+            DamagedLayer: the message names the tensor.
         """
         if index not in self._coming:
             self.ask(index)
-        return self._coming.pop(index).result()
+        try:
+            return self._coming.pop(index).result()
+        except ValueError as error:
+            raise DamagedLayer(str(error)) from None
 
 
 def plain_tensors(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:

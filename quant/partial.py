@@ -59,6 +59,12 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
+def kept(path: Path) -> str:
+    """Where the finished layers of a run stay whose output is `path`, or "" if there are none."""
+    partial = partial_path(path)
+    return f"finished layers are kept in {partial}" if (partial / STATE).exists() else ""
+
+
 def _publish(partial: Path, path: Path, lock: IO[bytes]) -> None:
     """Give the finished folder its name; what had it is removed afterwards."""
     for file in partial.iterdir():

@@ -34,10 +34,10 @@ from quant.follower import Follower, NoWriter
 from quant.formats import FORMATS
 from quant.geometry import check_shapes
 from quant.layer_loop import Run, copy_plain, layers
-from quant.layer_reader import check_plain
+from quant.layer_reader import DamagedLayer, check_plain
 from quant.llama.config import LlamaConfig
 from quant.model_card import write_card
-from quant.partial import partial_folder
+from quant.partial import kept, partial_folder
 from quant.report import LayerReport, Report
 from quant.report_page import write_page
 from quant.resume import Journal
@@ -84,10 +84,15 @@ def quantize_checkpoint(
     with distributed.joined(), torch.inference_mode():
         run = Run(reader, llama, config, solver, run_options, windows, mask)
         hold_out(run)
-        if distributed.rank() == 0:
-            report = _lead(run, output, start)
-        else:
-            _follow(run)
+        try:
+            if distributed.rank() == 0:
+                report = _lead(run, output, start)
+            else:
+                _follow(run)
+        except DamagedLayer as error:
+            go_on = "; mend the file, and continue with the same command and --resume"
+            layers = kept(output)
+            raise DamagedLayer(f"{error}{f'; {layers}{go_on}' if layers else ''}") from None
         return distributed.from_first(lambda: report)
 
 
@@ -103,6 +108,9 @@ def _lead(run: Run, output: Path, start: float) -> Report:
         run.journal = journal = Journal(folder, marks, shards, len(run.windows))
         try:
             _fill(run)
+        except DamagedLayer:
+            journal.note_damage()
+            raise
         finally:
             journal.close()
         layers = [LayerReport.from_dict(d.report) for d in journal.layers if d.report]

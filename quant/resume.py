@@ -17,6 +17,7 @@ layer, and twice that of disk; computing them again would cost a forward per fin
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -54,6 +55,7 @@ class Journal:
         layers: the finished layers; one more record follows for the embedding, norm and head.
         hidden: (layers before it, file) of the hidden states kept.
         tuning: what the tuning of all layers came to, once it is done.
+        damaged: the run stopped at a damaged layer; it may be continued with other weights.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class Journal:
     layers: list[Finished] = field(default_factory=list)
     hidden: dict[int, Part] = field(default_factory=dict)
     tuning: dict[str, Any] | None = None
+    damaged: bool = False
 
     def __post_init__(self) -> None:
         self._pool = background_thread()
@@ -78,6 +81,13 @@ class Journal:
         if not (self.folder / STATE).exists():
             return
         state = read_json(self.folder / STATE)
+        if state.get("damaged") and state["fingerprint"]["weights"] != self.fingerprint["weights"]:
+            warnings.warn(
+                f"{self.folder}: the weights were mended since a damaged layer stopped the run; "
+                "layers finished before are kept as they are",
+                stacklevel=1,
+            )
+            state["fingerprint"]["weights"] = self.fingerprint["weights"]
         if changed := difference(state["fingerprint"], self.fingerprint):
             raise ValueError(
                 f"{self.folder}: cannot be continued, {changed}; change it back, or pass "
@@ -140,6 +150,13 @@ class Journal:
         self._write_state()
         self._remove_strangers()
 
+    def note_damage(self) -> None:
+        """Let the run be continued when the checkpoint is mended, if a layer is finished."""
+        self.wait()
+        if self.layers:
+            self.damaged = True
+            self._write_state()
+
     def forget_hidden(self) -> None:
         """Remove the hidden states: the checkpoint is finished."""
         self.hidden = {}
@@ -180,6 +197,7 @@ class Journal:
             "fingerprint": self.fingerprint,
             "layers": [asdict(layer) for layer in self.layers],
             "tuning": self.tuning,
+            "damaged": self.damaged,
             "hidden": {key: asdict(file) for key, file in self.hidden.items()},
             "shards": [asdict(shard) for shard in self.writer.shards],
         }

@@ -43,9 +43,9 @@ def generate(
     tokenizer = open_tokenizer(model)
     loaded = load_model(model, device, dtype, precision=precision)
     ids = tokenizer.encode(prompt)
-    stream = tokenizer.stream(ids)
-    print(prompt, end="", flush=True)
+    stream, waiting = tokenizer.stream(ids), prompt  # which is printed if a token comes at all
     ends = {*tokenizer.eos_ids, *loaded.config.eos_token_ids}
     for token in generation.generate(loaded, ids, max_new_tokens, sampling, ends):
-        print(stream.push(token), end="", flush=True)
-    print(stream.flush())
+        print(waiting + stream.push(token), end="", flush=True)
+        waiting = ""
+    print(waiting + stream.flush())

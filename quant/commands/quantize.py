@@ -211,7 +211,7 @@ def _run(
 ) -> None:
     """Quantize with progress on stderr; then say what came out."""
     from quant.output import remember
-    from quant.partial import partial_path
+    from quant.partial import kept
     from quant.pipeline import quantize_checkpoint
     from quant.progress import StepPrinter
     from quant.report_page import FILE_NAME as PAGE
@@ -222,12 +222,10 @@ def _run(
             run_options = replace(run_options, on_step=printer, on_pass=printer.passed)
             report = quantize_checkpoint(model, output, windows, config, solver, run_options)
     except KeyboardInterrupt:
-        if not partial_path(output).exists():
+        if not (layers := kept(output)):
             raise
         print(
-            f"interrupted; finished layers are kept in {partial_path(output)}; continue with the "
-            "same command and --resume",
-            file=sys.stderr,
+            f"interrupted; {layers}; continue with the same command and --resume", file=sys.stderr
         )
         raise typer.Exit(130) from None
     for line in report.warnings:

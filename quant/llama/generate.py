@@ -119,7 +119,16 @@ def _check(model: Llama, ids: list[int]) -> None:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id from logits (vocab,) float32."""
+    """One id from logits (vocab,) float32.
+
+    Raises:
+        ValueError: they are not finite.
+    """
+    if not torch.isfinite(logits).all():
+        raise ValueError(
+            "generate: the model's logits are not finite; its checkpoint is damaged, or it "
+            "overflows"
+        )
     if sampling.temperature == 0:
         return int(logits.argmax())
     probabilities, order = torch.softmax(logits / sampling.temperature, -1).sort(descending=True)
