@@ -51,10 +51,15 @@ def whole_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raise FileExistsError if `path` exists and may not be replaced."""
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"{path}: exists already; choose another --output or pass --overwrite"
-        )
+    if obstacle := existing(path, overwrite):
+        raise FileExistsError(obstacle)
+
+
+def existing(path: Path, overwrite: bool) -> str:
+    """What to say where `path` exists and may not be replaced, else ""."""
+    if not path.exists() or overwrite:
+        return ""
+    return f"{path}: exists already; choose another --output or pass --overwrite"
 
 
 def remember(path: Path) -> None:

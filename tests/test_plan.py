@@ -169,6 +169,12 @@ def test_plan_on_the_command_line(make_checkpoint: Make, tmp_path: Path) -> None
     assert text.index("peak memory: about") < text.index("forecast") < text.index("; measured")
     report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
     assert report["forecast"].keys() == {"seconds", "peak_memory_bytes"}
+    lines = run("--plan").splitlines()  # the output exists by now
+    assert lines[-1] == (
+        f"note: {tmp_path / 'out'}: exists already; choose another --output or pass --overwrite"
+    )
+    assert any(line.startswith("plan: ") for line in lines)
+    assert "exists" not in run("--plan", "--overwrite")
     shards = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert (
         abs(make_plan(replace(JOB, llama=replace(LLAMA, num_hidden_layers=2))).output / shards - 1)

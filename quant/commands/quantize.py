@@ -69,7 +69,7 @@ def quantize(
     """Quantize a float checkpoint, layer by layer, into a folder that GPTQ readers load."""
     from quant.config import QuantConfig
     from quant.loader import resolve_device
-    from quant.output import refuse_existing
+    from quant.output import existing, refuse_existing
     from quant.pipeline import open_float
     from quant.plan import fit_memory, job_of, parse_size
     from quant.publishing import check_push
@@ -82,7 +82,8 @@ def quantize(
     config = _grid(llama, QuantConfig(bits, group_size, sym), lm_head_bits, target)
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
     output = output or Path(f"{_name(model)}-w{bits}-{group}")
-    refuse_existing(output, overwrite)
+    if not plan:
+        refuse_existing(output, overwrite)
     solver_options = _solver_options(solver, effort, act_order, damp)
     length = seq_len or min(2048, llama.max_position_embeddings)
     sources = calib or ["stdlib"]
@@ -97,7 +98,10 @@ def quantize(
     if max_memory is not None:
         job = fit_memory(job, parse_size(max_memory), output.absolute().parent)
     forecast = distributed.from_first(lambda: _forecast(job, output))
-    if not plan:
+    if plan:
+        if obstacle := existing(output, overwrite):
+            print(f"note: {obstacle}")
+    else:
         places = (resolve_device(device), overwrite, resume, job.storage, job.budget)
         run_options = RunOptions(*places, forecast=forecast, data=told)
         _run(model, output, windows, config, solver_options, run_options)
