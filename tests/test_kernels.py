@@ -181,17 +181,14 @@ def test_tiny_activations(isa: str) -> None:
 
 @built
 def test_each_instruction_set_has_its_own_arithmetic() -> None:
-    """In exact with two rows each adds in another order, so none stands in for another. AVX-VNNI
-    shares AVX2's, and its integers are those of every other.
-    """
+    """In exact with one row each adds in another order, so none stands in for another."""
     assert KERN is not None
-    packed, x = cpu.pack(make(48, 1024, 128)), rows(2, 1024)
+    packed, x = cpu.pack(make(48, 1024, 128)), rows(1, 1024)
     results = {}
     for name in ISAS:
         KERN.kern_select(name.encode())
         results[name] = cpu.matmul(x, packed, "exact")
     KERN.kern_select(None)
-    names = [name for name in ISAS if name != "avxvnni"]
-    for i, name in enumerate(names):
-        for other in names[:i]:
+    for i, name in enumerate(ISAS):
+        for other in ISAS[:i]:
             assert not torch.equal(results[name], results[other]), (name, other)

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #define LANES 16
+#define LOOKUP
 #define TILE_ROWS_FAST 8
 #define TILE_ROWS_EXACT 8
 #define PANEL_ROWS 12
@@ -54,7 +55,15 @@ OP vi load_bytes(const uint8_t *p) {
 OP vi field(vi raw, int down, int mask) {
     return _mm512_and_si512(_mm512_srli_epi32(raw, down), _mm512_set1_epi32(mask));
 }
-OP vi up(vi a, int n) { return _mm512_slli_epi32(a, n); }
+OP vi down(vi a, int n) { return _mm512_srli_epi32(a, n); }
+OP vf all_codes(void) {
+    return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+OP vf choose_of_16(vi which, vf values) { return _mm512_permutexvar_ps(which, values); }
+OP vf choose_of_32(vi which) {
+    return _mm512_permutex2var_ps(all_codes(), which, sub_f(all_codes(), set1_f(16)));
+}
+OP vi sub_bytes(vi a, vi b) { return _mm512_sub_epi8(a, b); }
 OP vi sub_i(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 OP vi repeat(vf zero, int ones) {
     return _mm512_mullo_epi32(_mm512_cvtps_epi32(zero), _mm512_set1_epi32(ones));

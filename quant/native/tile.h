@@ -13,10 +13,19 @@
  *   word(p)                 4 bytes at p in every lane; value(p) as a float
  *   store(p, a)             the vector to any address
  *   add_i sub_i to_f fma_f add_f mul_f sub_f load_f store_f load_half(p) load_bytes(p)
+ * Where LOOKUP is defined, and instead of up:
+ *   down(a, n)              each lane shifted down; sub_bytes(a, b)
+ *   all_codes()             the floats 0..15
+ *   choose_of_16(a, values) the value that the lowest 4 bits of each lane name
+ *   choose_of_32(a)         the integer that the lowest 5 bits are in two's complement, as a float
  *
  * `rows` is a constant in every call, so that accumulators are registers. */
 #define AHEAD 8192 /* bytes of weights to prefetch: more than two threads of a fast memory have in flight */
 #define VECTORS (TILE / LANES)
+/* In which order partial sums are added. AVX-VNNI has its own, by which a test tells it from AVX2. */
+#ifndef LAST_FIRST
+#define LAST_FIRST 0
+#endif
 #define INLINE static inline __attribute__((always_inline))
 /* Unrolled early, so that arrays of vectors become registers. */
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); i++)
@@ -131,6 +140,7 @@ INLINE void integer_tile(int precision, int rows, int bits, const kern_weight *w
     EACH(r, rows) EACH(v, VECTORS) store_f(out + r * TILE + v * LANES, totals[r][v]);
 }
 
+#ifndef LOOKUP
 /* Four inputs of each output as floats, from the 32-bit integers
  *     L = v0 + 256 v1 + 256^2 v2 + 256^3 v3,   v = code - zero,
  * which one mask and one subtraction give for all four. L shifted up by 24, 16, 8 and 0 bits is
@@ -138,22 +148,70 @@ INLINE void integer_tile(int precision, int rows, int bits, const kern_weight *w
  * and the inputs that `mix_inputs` prepared undo the mixture: x3, x2 - x3/256, x1 - x2/256, x0 -
  * x1/256. So a code costs no mask and no subtraction of its own. The rounding of a mixed term is
  * float32's: relative to itself, or to 1/256 of its neighbour. */
-INLINE vf mixed(vi four, int j) { return to_f(j == 3 ? four : up(four, 24 - 8 * j)); }
+#define UNIT 0x1p-24f
+#define PREPARE prepare_row
+typedef struct {
+    vi bytes[VECTORS]; /* each zero four times */
+} exact_zeros;
 
-INLINE vi four_codes(vi raw, int half, vi zeros) {
-    return sub_i(field(raw, 4 * half, 0x0f0f0f0f), zeros);
+INLINE exact_zeros zeros_of(const group_grid *grid) {
+    exact_zeros zeros;
+    EACH(v, VECTORS) zeros.bytes[v] = repeat(grid->zero[v], 0x01010101);
+    return zeros;
 }
 
-/* The products of one line, 8 inputs, added to `parts`, whose sums are 2^24 too large. */
-INLINE void exact_line(int rows, int chains, const uint8_t *line, const vi *zeros,
-                       const float *values, vf parts[][VECTORS][4]) {
+INLINE vf exact_code(vi raw, int i, const exact_zeros *zeros, int v, int one_zero) {
+    (void)one_zero;
+    vi four = sub_i(field(raw, i & 4, 0x0f0f0f0f), zeros->bytes[v]);
+    return to_f(i % 4 == 3 ? four : up(four, 24 - 8 * (i % 4)));
+}
+#else
+/* A code less its zero is -16..15, whose float the lowest 5 bits of a lane choose from two
+ * registers. Where all outputs have one zero one register holds the 16 `values` of a code. */
+#define UNIT 1.0f
+#define PREPARE prepare_plain
+
+typedef struct {
+    vi bytes[VECTORS]; /* each zero four times */
+    vf values;
+} exact_zeros;
+
+INLINE exact_zeros zeros_of(const group_grid *grid) {
+    exact_zeros zeros = {.values = sub_f(all_codes(), grid->zero[0])};
+    EACH(v, VECTORS) zeros.bytes[v] = repeat(grid->zero[v], 0x01010101);
+    return zeros;
+}
+
+INLINE vf exact_code(vi raw, int i, const exact_zeros *zeros, int v, int one_zero) {
+    if (one_zero) return choose_of_16(down(raw, 8 * (i & 3) + (i & 4)), zeros->values);
+    vi four = sub_bytes(field(raw, i & 4, 0x0f0f0f0f), zeros->bytes[v]);
+    return choose_of_32(down(four, 8 * (i & 3)));
+}
+
+/* Here float32 inputs stay as they are. */
+static void prepare_plain(int precision, const kern_weight *w, const float *x,
+                          const int32_t *gather, int64_t block, int rows, uint32_t *words,
+                          float *scales, float *sums) {
+    if (precision == EXACT) precision = PLAIN;
+    prepare_row(precision, w, x, gather, block, rows, words, scales, sums);
+}
+#endif
+
+/* The products of one line, 8 inputs, added to `parts`, whose sums are 1 / UNIT too large. */
+INLINE void exact_line(int rows, int chains, int one_zero, const uint8_t *line,
+                       const exact_zeros *zeros, const float *values, vf parts[][VECTORS][8]) {
+    vi raw[VECTORS];
+    EACH(v, VECTORS) {
+        raw[v] = load(PART(line, v));
+        PIN(raw[v]); /* or gcc loads it again for every shift */
+    }
     EACH(half, 2) EACH(v, VECTORS) {
-        vi four = four_codes(load(PART(line, v)), half, zeros[v]);
         EACH(j, 4) {
-            vf codes = mixed(four, j);
+            const int i = 4 * half + j;
+            vf code = exact_code(raw[v], i, zeros, v, one_zero);
             EACH(r, rows) {
-                vf *part = &parts[r][v][j % chains];
-                *part = fma_f(codes, value(values + (4 * half + j) * rows + r), *part);
+                vf *part = &parts[r][v][i % chains];
+                *part = fma_f(code, value(values + i * rows + r), *part);
                 PIN(*part);
             }
         }
@@ -161,42 +219,45 @@ INLINE void exact_line(int rows, int chains, const uint8_t *line, const vi *zero
 }
 
 /* The same for 8 bits, 4 inputs: codes are too long to be mixed. */
-INLINE void exact_line_8bit(const uint8_t *line, const vi *zeros, const float *values,
-                            vf parts[][VECTORS][4]) {
+INLINE void exact_line_8bit(const uint8_t *line, const group_grid *grid, const float *values,
+                            vf parts[][VECTORS][8]) {
     EACH(v, VECTORS) EACH(j, 4) {
-        vf code = to_f(sub_i(field(load(PART(line, v)), 8 * j, 255), zeros[v]));
+        vf code = sub_f(to_f(field(load(PART(line, v)), 8 * j, 255)), grid->zero[v]);
         parts[0][v][j] = fma_f(code, value(values + j), parts[0][v][j]);
     }
 }
 
 /* out (rows, 16) in float32; several partial sums, since one chain of additions is slow. */
-INLINE void exact_tile(int rows, int bits, const kern_weight *w, int64_t tile, const kern_input *x,
-                       int64_t row, float *out) {
+INLINE void exact_tile(int rows, int bits, int one_zero, const kern_weight *w, int64_t tile,
+                       const kern_input *x, int64_t row, float *out) {
     const int per_line = 32 / bits, lines = rows == 1 ? 4 : 1; /* at a time */
     const uint8_t *line = w->codes + tile * w->k * TILE * bits / 8;
     const float *values = (const float *)x->words + row * w->k;
-    const int chains = rows * VECTORS >= 8 ? 1 : rows * VECTORS >= 4 ? 2 : 4;
+    const int outputs = rows * VECTORS;
+    const int chains = bits == 8 ? 4 : outputs >= 8 ? 1 : outputs >= 4 ? 2 : outputs >= 2 ? 4 : 8;
     vf totals[TILE_ROWS_EXACT][VECTORS];
     EACH(r, rows) EACH(v, VECTORS) totals[r][v] = zero_f();
     for (int64_t g = 0; g < w->k / w->group; g++) {
         group_grid grid = load_grid(w, tile, g);
-        vi zeros[VECTORS];
-        EACH(v, VECTORS) zeros[v] = repeat(grid.zero[v], bits == 8 ? 1 : 0x01010101);
-        vf parts[TILE_ROWS_EXACT][VECTORS][4];
-        EACH(r, rows) EACH(v, VECTORS) EACH(c, 4) parts[r][v][c] = zero_f();
+        exact_zeros zeros = zeros_of(&grid);
+        vf parts[TILE_ROWS_EXACT][VECTORS][8];
+        EACH(r, rows) EACH(v, VECTORS) EACH(c, 8) parts[r][v][c] = zero_f();
         for (int64_t k = 0; k < w->group; k += lines * per_line)
             EACH(l, lines) {
                 prefetch(line + AHEAD);
                 if (bits == 8)
-                    exact_line_8bit(line, zeros, values, parts);
+                    exact_line_8bit(line, &grid, values, parts);
                 else
-                    exact_line(rows, chains, line, zeros, values, parts);
+                    exact_line(rows, chains, one_zero, line, &zeros, values, parts);
                 line += LINE;
                 values += per_line * rows;
             }
         EACH(r, rows) EACH(v, VECTORS) {
-            for (int c = 1; c < 4; c++) parts[r][v][0] = add_f(parts[r][v][0], parts[r][v][c]);
-            vf scale = mul_f(grid.scale[v], set1_f(bits == 8 ? 1.0f : 0x1p-24f));
+            EACH(i, chains - 1) {
+                const int c = LAST_FIRST ? chains - 1 - i : 1 + i;
+                parts[r][v][0] = add_f(parts[r][v][0], parts[r][v][c]);
+            }
+            vf scale = mul_f(grid.scale[v], set1_f(bits == 8 ? 1.0f : UNIT));
             totals[r][v] = fma_f(parts[r][v][0], scale, totals[r][v]);
         }
     }
@@ -228,22 +289,35 @@ static void tile_high(int rows, const kern_weight *w, int64_t tile, const kern_i
 static void tile_8bit(int precision, const kern_weight *w, int64_t tile, const kern_input *x,
                       int64_t row, float *out) {
     if (precision == EXACT)
-        exact_tile(1, 8, w, tile, x, row, out);
+        exact_tile(1, 8, 0, w, tile, x, row, out);
     else
         integer_tile(HIGH, 1, 8, w, tile, x, row, out);
 }
 
 static void tile_exact(int rows, const kern_weight *w, int64_t tile, const kern_input *x,
                        int64_t row, float *out) {
-#define CALL(n) exact_tile(n, 4, w, tile, x, row, out)
+#define CALL(n) exact_tile(n, 4, 0, w, tile, x, row, out)
     switch (rows) { CASES_EXACT(CALL) }
 #undef CALL
 }
+
+#ifdef LOOKUP
+static void tile_exact_one_zero(int rows, const kern_weight *w, int64_t tile, const kern_input *x,
+                                int64_t row, float *out) {
+#define CALL(n) exact_tile(n, 4, 1, w, tile, x, row, out)
+    switch (rows) { CASES_EXACT(CALL) }
+#undef CALL
+}
+#else
+#define tile_exact_one_zero tile_exact
+#endif
 
 static void tile_rows(int precision, int rows, const kern_weight *w, int64_t tile,
                       const kern_input *x, int64_t row, float *out) {
     if (w->bits == 8)
         tile_8bit(precision, w, tile, x, row, out);
+    else if (precision == EXACT && w->one_zero)
+        tile_exact_one_zero(rows, w, tile, x, row, out);
     else if (precision == EXACT)
         tile_exact(rows, w, tile, x, row, out);
     else if (precision == HIGH)
@@ -260,7 +334,7 @@ static void tile_rows(int precision, int rows, const kern_weight *w, int64_t til
         .tile_rows = {TILE_ROWS_EXACT, TILE_ROWS_FAST, TILE_ROWS_FAST},                            \
         .panel_rows = {PANEL_ROWS, PANEL_ROWS_CODES, PANEL_ROWS_CODES},                            \
         .panel_tiles = PANEL_TILES,                                                                \
-        .prepare = prepare_row,                                                                    \
+        .prepare = PREPARE,                                                                    \
         .tile = tile_rows,                                                                         \
         .unpack = unpack,                                                                          \
         .multiply = multiply,                                                                      \
