@@ -20,17 +20,18 @@ def plot(machine: dict[str, Any], rows: list[Row], path: Path) -> None:
         raise ValueError('--plot needs matplotlib: pip install "llama-gptq[plot]"') from None
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
-    for kernel in sorted({(row.backend, row.mode) for row in rows}):
+    for number, kernel in enumerate(sorted({(row.backend, row.mode) for row in rows})):
         mine = [row for row in rows if row.cold and (row.backend, row.mode) == kernel]
-        intensity = [row.gop_s / row.gb_s for row in mine]
-        axes.plot(
-            intensity, [row.gop_s for row in mine], "o", ms=4, alpha=0.7, label=" ".join(kernel)
-        )
-    ends = [min(r.gop_s / r.gb_s for r in rows), max(r.gop_s / r.gb_s for r in rows)]
-    ridge = machine["sgemm_gflop_s"] / machine["read_gb_s"]
-    xs = [ends[0], ridge, max(ends[1], ridge)]
-    roof = [min(machine["sgemm_gflop_s"], x * machine["read_gb_s"]) for x in xs]
-    axes.plot(xs, roof, "k-", label="read bandwidth, float32 rate")
+        label = " ".join(kernel)
+        for shape in sorted({(row.k, row.n) for row in mine}):  # a line each, one row to many
+            points = sorted((r.gop_s / r.gb_s, r.gop_s) for r in mine if (r.k, r.n) == shape)
+            axes.plot(*zip(*points, strict=True), "o-", c=f"C{number}", ms=4, lw=0.8, label=label)
+            label = "_"  # once in the legend
+    first = min(row.gop_s / row.gb_s for row in rows)
+    most = max(row.gop_s for row in rows)
+    bandwidth, rate = machine["read_gb_s"], machine["sgemm_gflop_s"]
+    axes.plot([first, most / bandwidth], [first * bandwidth, most], "k-", label="read bandwidth")
+    axes.axhline(rate, c="k", ls=":", label="float32 products of torch")
     axes.set(xscale="log", yscale="log")
     axes.set_xlabel("operations per byte of weights")
     axes.set_ylabel("GOP/s")

@@ -123,6 +123,34 @@ def test_every_backend(name: str, precision: str, dtype: torch.dtype) -> None:
 
 @built
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_rows_are_those_of_float32_rounded(
+    isa: str, dtype: torch.dtype, precision: str
+) -> None:
+    """Bit by bit, with subnormals, sums beyond float16, infinities, and NaN."""
+    for qt in (make(40, 128, 32), shuffled(make(40, 128), 3)):
+        for m in (1, 7, 70):
+            x = (rows(m, 128) * torch.logspace(-8, 3, m)[:, None]).to(dtype)
+            x[-1, 5] = torch.nan
+            packed = cpu.pack(qt)
+            y, same = cpu.matmul(x, packed, precision), cpu.matmul(x.float(), packed, precision)
+            assert torch.equal(y[:-1], same[:-1].to(dtype)) and y[-1].isnan().all()
+
+
+@built
+def test_16_bit_floats_of_every_value() -> None:
+    """A code of 1 and a zero of 0: every float16 and bfloat16 comes out as it went in."""
+    codes, scales = torch.ones(1, 1, dtype=torch.uint8), torch.ones(1, 1)
+    packed = cpu.pack(QuantizedTensor(codes, Grid(scales, torch.zeros_like(codes), 4)))
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)[:, None]
+        y = cpu.matmul(x, packed, "exact")
+        fits = x.float().abs() < 2.0**100
+        assert torch.equal(y[fits], x[fits]) and y[x.isnan()].isnan().all()
+
+
+@built
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_strides_and_empty_inputs(precision: str) -> None:
     packed = cpu.pack(make(40, 96, 32))
     x = rows(6, 96)

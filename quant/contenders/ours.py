@@ -12,7 +12,7 @@ from torch import Tensor
 from quant.grid import QuantizedTensor
 from quant.kernels import PRECISIONS, cpu
 from quant.native import library
-from quant.native.weight import pack_call, view
+from quant.native.weight import DTYPES, pack_call, view
 
 MODES = PRECISIONS
 
@@ -31,8 +31,8 @@ def build(
 def bare_call(mode: str, packed: dict[str, Tensor], x: Tensor) -> Callable[[], int]:
     """The compiled function alone, its arguments ready."""
     kern, weight, y = library(), view(**packed), torch.empty(len(x), packed["extent"].shape[0])
-    pointers = ctypes.addressof(weight), 0, x.data_ptr(), y.data_ptr()
-    call = pack_call(*pointers, x.shape[1], len(x), PRECISIONS.index(mode))
+    rows = x.data_ptr(), 0, x.shape[1], DTYPES[x.dtype]
+    call = pack_call(ctypes.addressof(weight), *rows, y.data_ptr(), len(x), PRECISIONS.index(mode))
     return lambda kept=(weight, x, y): kern.kern_matmul(call)  # type: ignore[misc, union-attr]
 
 

@@ -29,10 +29,9 @@ from torch.compiler import is_compiling
 
 from quant.grid import QuantizedTensor
 from quant.native import PRECISIONS, TILE, library
-from quant.native.weight import pack_call, view
+from quant.native.weight import DTYPES, pack_call, view
 
 _LARGE_PAGE = 2 << 20
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NUMBER = {name: number for number, name in enumerate(PRECISIONS)}
 
 
@@ -184,22 +183,23 @@ def _matmul(
         plan = _PLANS[id(codes)] = _Plan(codes, scales, zeros, extent, gather)
     *outer, k = x.shape
     dtype = x.dtype
-    if k != plan.k or dtype not in _FLOATS or not x.is_cpu:
+    if k != plan.k or dtype not in DTYPES or not x.is_cpu:
         raise ValueError(
             f"x of shape {tuple(x.shape)}, {dtype}, on {x.device}: expected (..., {plan.k}) "
             "floats on the CPU"
         )
-    rows, stride = x if dtype is float32 else x.float(), k
-    if not rows.is_contiguous():
-        rows = rows.reshape(-1, k)
+    rows, stride = x, k
+    if not x.is_contiguous():
+        rows = x.reshape(-1, k)
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         stride = rows.stride(0)
-    m, y = x.numel() // k, empty(*outer, plan.n)
+    m = x.numel() // k
+    y = empty(*outer, plan.n) if dtype is float32 else empty(*outer, plan.n, dtype=dtype)
     columns = 0 if gather is None else gather.data_ptr()
-    pointers = plan.address, columns, rows.data_ptr(), y.data_ptr()
-    if plan.multiply(pack_call(*pointers, stride, m, precision)):
+    source = rows.data_ptr(), columns, stride, DTYPES[dtype]
+    if plan.multiply(pack_call(plan.address, *source, y.data_ptr(), m, precision)):
         raise MemoryError(f"no memory for the activations of {m} rows")
-    return y if dtype is float32 else y.to(dtype)
+    return y
 
 
 _LIBRARY = torch.library.Library("llama_gptq", "DEF")

@@ -16,6 +16,7 @@
 #define TILE 16
 #define LINE 64
 
+enum dtype { FLOAT32, FLOAT16, BFLOAT16 };
 enum precision { EXACT, HIGH, FAST, PLAIN }; /* PLAIN: inputs of a panel, not for callers */
 
 typedef struct {
@@ -26,14 +27,20 @@ typedef struct {
     int32_t bits, one_zero; /* stored width, 4 or 8; whether `zeros` is a single one */
 } kern_weight;
 
-/* y (m, w->n) = x (m rows, ldx floats apart) times w. gather: for each of the w->k padded inputs its
- * column of x, or -1 for padding; NULL: x has w->k columns, in order. */
+/* Rows of inputs. gather: for each of the w->k padded inputs its column, or -1 for padding; NULL: a
+ * row has w->k columns, in order. */
+typedef struct {
+    const void *rows;
+    const int32_t *gather;
+    int64_t apart, dtype; /* elements from a row to the next */
+} kern_rows;
+
+/* y (m, w->n) = x times w, in the dtype of x. */
 typedef struct {
     const kern_weight *w;
-    const int32_t *gather;
-    const float *x;
-    float *y;
-    int64_t ldx, m, precision;
+    kern_rows x;
+    void *y;
+    int64_t m, precision;
 } kern_call;
 
 /* Activations as a precision wants them, in words of 4 bytes: one float, two int16 or four int8
@@ -101,9 +108,11 @@ typedef struct {
 typedef struct {
     const char *name;
     int tile_rows[3], panel_rows[3], panel_tiles;
-    /* One row of floats -> its place in a block of `rows` rows; gather as in kern_call. */
-    void (*prepare)(int precision, const kern_weight *w, const float *x, const int32_t *gather,
+    /* One row of x -> its place in a block of `rows` rows. */
+    void (*prepare)(int precision, const kern_weight *w, const kern_rows *x, int64_t row,
                     int64_t block, int rows, uint32_t *words, float *scales, float *sums);
+    /* `count` outputs to y[at], y[at + 1], ... in their dtype. */
+    void (*put)(int dtype, int64_t count, const float *out, int64_t at, void *y);
     /* out (rows, 16) = a block of rows of x times one tile. */
     void (*tile)(int precision, int rows, const kern_weight *w, int64_t tile, const kern_input *x,
                  int64_t row, float *out);

@@ -22,10 +22,9 @@ typedef struct {
     kern_input input;
     uint32_t *words; /* where `prepare` puts its results */
     float *scales, *sums;
-    const float *x;
-    int64_t ldx, m;
-    const int32_t *gather;
-    float *y;
+    kern_rows x;
+    int64_t m;
+    void *y;
 } job;
 
 /* From more rows on, unpacking the codes once is worth its time. */
@@ -48,8 +47,8 @@ static void prepare(int64_t begin, int64_t end, void *context) {
     for (int64_t row = begin * j->most; row < least(end * j->most, j->m); row++) {
         const int64_t first = row / j->most * j->most;
         const int rows = (int)least(j->most, j->m - first);
-        j->isa->prepare(j->by_panel && j->precision == EXACT ? PLAIN : j->precision, j->w,
-                        j->x + row * j->ldx, j->gather, j->input.block, rows,
+        j->isa->prepare(j->by_panel && j->precision == EXACT ? PLAIN : j->precision, j->w, &j->x,
+                        row, j->input.block, rows,
                         j->words + first * words_of(j) + (row - first),
                         j->scales + first * blocks + (row - first),
                         j->sums + first * groups + (row - first));
@@ -58,8 +57,8 @@ static void prepare(int64_t begin, int64_t end, void *context) {
 
 /* Copy the outputs of a row in tiles tile..end-1 that exist. */
 static void put(const job *j, int64_t tile, int64_t end, int64_t row, const float *out) {
-    int64_t count = least(end * TILE, j->w->n) - tile * TILE;
-    memcpy(j->y + row * j->w->n + tile * TILE, out, count * sizeof(float));
+    const int64_t count = least(end * TILE, j->w->n) - tile * TILE;
+    j->isa->put((int)j->x.dtype, count, out, row * j->w->n + tile * TILE, j->y);
 }
 
 static void tiles(int64_t begin, int64_t end, void *context) {
@@ -160,9 +159,7 @@ int kern_matmul(const kern_call *call) {
              .precision = precision,
              .w = w,
              .x = call->x,
-             .ldx = call->ldx,
              .m = m,
-             .gather = call->gather,
              .y = call->y};
     j.by_panel = j.isa->panel_rows[precision] && m > most_tile_rows(precision, w->bits);
     j.most = j.by_panel     ? j.isa->panel_rows[precision]

@@ -1,10 +1,13 @@
-/* One row of activations into words; compiled for each instruction set, whose flags vectorize it.
+/* One row of activations into words, and outputs into their dtype; compiled for each instruction set,
+ * whose flags vectorize it.
  *
  * A block's scale is its largest magnitude / 127 or / 32767. Magnitudes are compared as integers:
  * the order is that of the floats, and a NaN stands above infinity, so one comparison finds both.
  * A block that holds one gets the scale NaN, which reaches every output of its row and no other.
  * Blocks below 2^-100 count as zero. Nothing is fused but by fmaf, so that every instruction set
  * rounds alike. */
+#include "floats.h"
+
 #include <math.h>
 #include <string.h>
 
@@ -61,9 +64,26 @@ INLINED void put_int16(const int32_t *q, int64_t block, int rows, uint32_t *word
     put_words(values, block / 2, rows, words);
 }
 
-/* Inputs `gather` of a row, 0 for padding. */
-static const float *pick(const float *x, const int32_t *gather, int64_t count, float *picked) {
-    for (int64_t i = 0; i < count; i++) picked[i] = gather[i] < 0 ? 0.0f : x[gather[i]];
+static float element(const kern_rows *x, int64_t at) {
+    if (x->dtype == FLOAT32) return ((const float *)x->rows)[at];
+    const uint16_t half = ((const uint16_t *)x->rows)[at];
+    return x->dtype == FLOAT16 ? from_float16(half) : from_bfloat16(half);
+}
+
+/* The inputs start..start+count-1 of a row as floats, which `picked` has room for; 0 for padding. */
+static const float *pick(const kern_rows *x, int64_t row, int64_t start, int64_t count,
+                         float *picked) {
+    const int64_t at = row * x->apart;
+    if (x->gather)
+        for (int64_t i = start; i < start + count; i++)
+            picked[i - start] = x->gather[i] < 0 ? 0.0f : element(x, at + x->gather[i]);
+    else if (x->dtype == FLOAT32)
+        return (const float *)x->rows + at + start;
+    const uint16_t *halves = (const uint16_t *)x->rows + at + start;
+    if (!x->gather && x->dtype == FLOAT16)
+        for (int64_t i = 0; i < count; i++) picked[i] = from_float16(halves[i]);
+    if (!x->gather && x->dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) picked[i] = from_bfloat16(halves[i]);
     return picked;
 }
 
@@ -76,13 +96,13 @@ static const float *mix_inputs(const float *x, int64_t count, float *mixed) {
     return mixed;
 }
 
-INLINED void prepare_blocks(int precision, const kern_weight *w, const float *x,
-                            const int32_t *gather, int64_t block, int rows, uint32_t *words,
-                            float *scales, float *sums) {
+INLINED void prepare_blocks(int precision, const kern_weight *w, const kern_rows *x, int64_t row,
+                            int64_t block, int rows, uint32_t *words, float *scales,
+                            float *sums) {
     float picked[MOST_BLOCK], mixed[MOST_BLOCK];
     int32_t q[MOST_BLOCK];
     for (int64_t k = 0; k < w->k; k += block) {
-        const float *values = gather ? pick(x, gather + k, block, picked) : x + k;
+        const float *values = pick(x, row, k, block, picked);
         if (precision == PLAIN || precision == EXACT) {
             if (precision == EXACT && w->bits == 4) values = mix_inputs(values, block, mixed);
             put_words(values, block, rows, words + k * rows);
@@ -101,10 +121,19 @@ INLINED void prepare_blocks(int precision, const kern_weight *w, const float *x,
     }
 }
 
-static void prepare_row(int precision, const kern_weight *w, const float *x, const int32_t *gather,
+static void prepare_row(int precision, const kern_weight *w, const kern_rows *x, int64_t row,
                         int64_t block, int rows, uint32_t *words, float *scales, float *sums) {
     if (block == 32) /* all but int16 in long groups */
-        prepare_blocks(precision, w, x, gather, 32, rows, words, scales, sums);
+        prepare_blocks(precision, w, x, row, 32, rows, words, scales, sums);
     else
-        prepare_blocks(HIGH, w, x, gather, block, rows, words, scales, sums);
+        prepare_blocks(HIGH, w, x, row, block, rows, words, scales, sums);
+}
+
+static void put_outputs(int dtype, int64_t count, const float *out, int64_t at, void *y) {
+    uint16_t *halves = (uint16_t *)y + at;
+    if (dtype == FLOAT32) memcpy((float *)y + at, out, count * sizeof(float));
+    if (dtype == FLOAT16)
+        for (int64_t i = 0; i < count; i++) halves[i] = to_float16(out[i]);
+    if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) halves[i] = to_bfloat16(out[i]);
 }

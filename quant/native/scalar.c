@@ -4,14 +4,6 @@
 #include "search.h"
 #include "solve.h"
 
-static float half_to_float(uint16_t h) {
-    int exponent = h >> 10 & 31, fraction = h & 1023;
-    float value = exponent == 0    ? ldexpf((float)fraction, -24)
-                  : exponent == 31 ? (fraction ? NAN : INFINITY)
-                                   : ldexpf((float)(1024 + fraction), exponent - 25);
-    return h >> 15 ? -value : value;
-}
-
 static int code(const kern_weight *w, int64_t tile, int64_t k, int c) {
     if (w->bits == 8) return w->codes[(tile * w->k / 4 + k / 4) * LINE + 4 * c + k % 4];
     uint8_t byte = w->codes[(tile * w->k / 8 + k / 8) * LINE + 4 * c + k % 4];
@@ -48,7 +40,7 @@ static float integer_output(int precision, int rows, const kern_weight *w, int64
         }
         int64_t p = place(w, tile, start, c);
         part = fmaf(-(float)zero(w, p), *sums, part);
-        total = fmaf(part, half_to_float(w->scales[p]), total);
+        total = fmaf(part, from_float16(w->scales[p]), total);
     }
     return total;
 }
@@ -62,7 +54,7 @@ static float exact_output(int rows, const kern_weight *w, int64_t tile, const ke
         int z = zero(w, place(w, tile, start, c));
         for (int64_t k = start; k < start + w->group; k++)
             part += (float)(code(w, tile, k, c) - z) * values[k * rows];
-        total += part * half_to_float(w->scales[place(w, tile, start, c)]);
+        total += part * from_float16(w->scales[place(w, tile, start, c)]);
     }
     return total;
 }
@@ -77,10 +69,10 @@ static void tile_rows(int precision, int rows, const kern_weight *w, int64_t til
 }
 
 /* Here float32 inputs stay as they are. */
-static void prepare(int precision, const kern_weight *w, const float *x, const int32_t *gather,
+static void prepare(int precision, const kern_weight *w, const kern_rows *x, int64_t row,
                     int64_t block, int rows, uint32_t *words, float *scales, float *sums) {
     if (precision == EXACT) precision = PLAIN;
-    prepare_row(precision, w, x, gather, block, rows, words, scales, sums);
+    prepare_row(precision, w, x, row, block, rows, words, scales, sums);
 }
 
 /* Without panels: any number of rows goes by tile. */
@@ -88,6 +80,7 @@ const kern_isa kern_scalar = {
     .name = "scalar",
     .tile_rows = {4, 4, 4},
     .prepare = prepare,
+    .put = put_outputs,
     .tile = tile_rows,
     .round_rows = round_rows,
     .search_row = search_row,

@@ -189,11 +189,10 @@ INLINE vf exact_code(vi raw, int i, const exact_zeros *zeros, int v, int one_zer
 }
 
 /* Here float32 inputs stay as they are. */
-static void prepare_plain(int precision, const kern_weight *w, const float *x,
-                          const int32_t *gather, int64_t block, int rows, uint32_t *words,
-                          float *scales, float *sums) {
+static void prepare_plain(int precision, const kern_weight *w, const kern_rows *x, int64_t row,
+                          int64_t block, int rows, uint32_t *words, float *scales, float *sums) {
     if (precision == EXACT) precision = PLAIN;
-    prepare_row(precision, w, x, gather, block, rows, words, scales, sums);
+    prepare_row(precision, w, x, row, block, rows, words, scales, sums);
 }
 #endif
 
@@ -334,7 +333,8 @@ static void tile_rows(int precision, int rows, const kern_weight *w, int64_t til
         .tile_rows = {TILE_ROWS_EXACT, TILE_ROWS_FAST, TILE_ROWS_FAST},                            \
         .panel_rows = {PANEL_ROWS, PANEL_ROWS_CODES, PANEL_ROWS_CODES},                            \
         .panel_tiles = PANEL_TILES,                                                                \
-        .prepare = PREPARE,                                                                    \
+        .prepare = PREPARE,                                                                        \
+        .put = put_outputs,                                                                        \
         .tile = tile_rows,                                                                         \
         .unpack = unpack,                                                                          \
         .multiply = multiply,                                                                      \

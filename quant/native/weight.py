@@ -29,9 +29,11 @@ class Weight(ctypes.Structure):
     ]
 
 
-# The bytes of a `kern_call`: addresses of weight, gather, x and y, then ldx, m and precision. Bytes
-# are what ctypes passes with the least work: it looks at one argument, not at seven.
-pack_call = struct.Struct("4P3q").pack
+# The bytes of a `kern_call`: addresses of weight, x and gather, elements from a row of x to the
+# next, dtype, address of y, m and precision. Bytes are what ctypes passes with the least work: it
+# looks at one argument, not at eight.
+pack_call = struct.Struct("3P2qP2q").pack
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # `enum dtype` of kern.h
 
 
 def view(
