@@ -134,16 +134,18 @@ def _stages(
     """The width and the inputs of each group of linears; take all of them before going on."""
     config = layer.self_attn.config
     batches = _batches(states, budget.batch_tokens)
-    kept: dict[int, Tensor] = {}
     yield states.hidden_size, _qkv_inputs(layer, states, device, batches)
     yield config.num_attention_heads * config.head_dim, _o_inputs(layer, states, device, batches)
     yield states.hidden_size, _mlp_inputs(layer, states, device, batches)
     width = layer.mlp.config.intermediate_size
-    yield width, _down_inputs(layer, states, device, batches, (kept, budget.keep_bytes))
-    for index, batch in enumerate(batches):
+    windows = min(states.windows, budget.keep_bytes // (4 * states.tokens * width))
+    kept = states.room(windows, width, device)
+    yield width, _down_inputs(layer, states, device, batches, kept)
+    for batch in batches:
         x = states.next.read(batch, states.hidden_size).to(device)
-        y = kept.pop(index, None)
-        if y is None:
+        if batch.stop <= windows:
+            y = kept[batch]
+        else:
             y = layer.mlp.mix(layer.post_attention_layernorm(x))
         states.next.write(batch, x + layer.mlp.down_proj(y))
     states.swap()
@@ -173,21 +175,13 @@ def _mlp_inputs(layer: Any, states: HiddenStates, device: Any, batches: list[sli
 
 
 def _down_inputs(
-    layer: Any,
-    states: HiddenStates,
-    device: Any,
-    batches: list[slice],
-    keep: tuple[dict[int, Tensor], int],
+    layer: Any, states: HiddenStates, device: Any, batches: list[slice], kept: Tensor
 ) -> _Inputs:
-    """Fills a dict of what is kept, by batch, up to a number of bytes."""
-    kept, room = keep
-    for index, batch in enumerate(batches):
+    """Those of the first windows are written to `kept`, as far as it goes."""
+    for batch in batches:
         x = states.next.read(batch, states.hidden_size).to(device)
-        y = layer.mlp.mix(layer.post_attention_layernorm(x))
-        room -= y.nbytes
-        if room >= 0:
-            kept[index] = y
-        yield batch, y
+        out = kept[batch] if batch.stop <= len(kept) else None
+        yield batch, layer.mlp.mix(layer.post_attention_layernorm(x), out)
 
 
 def _batches(states: HiddenStates, batch_tokens: int) -> list[slice]:

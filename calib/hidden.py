@@ -4,7 +4,8 @@
     next      first the input of o_proj, then the sum after attention, then the layer's output
 
 After a layer the two are swapped. Because `present` stays as it is, it can be saved to disk while
-the layer runs. Both are allocated once per run, in memory or as files that are mapped into it.
+the layer runs. Both are allocated once per run, in memory or as files that are mapped into it. So
+is, in memory, the room for what a layer keeps of its widest input.
 """
 
 from __future__ import annotations
@@ -59,10 +60,20 @@ class HiddenStates:
         self.windows, self.tokens, self.hidden_size = windows, tokens, hidden_size
         shape = (windows, tokens, max(hidden_size, widest))
         self.present, self.next = _Buffer(shape, storage), _Buffer(shape, storage)
+        self._room: Tensor | None = None
 
     def swap(self) -> None:
         """The layer's output becomes the input of the next layer."""
         self.present, self.next = self.next, self.present
+
+    def room(self, windows: int, features: int, device: torch.device | str) -> Tensor:
+        """(windows, tokens, features) float32, for what a layer keeps besides: in one piece, and
+        the same for every layer, since memory in many pieces is hardly ever given back.
+        """
+        shape = windows, self.tokens, features
+        if self._room is None or self._room.shape != shape:
+            self._room = torch.empty(shape, device=device)
+        return self._room
 
     def set_windows(self, hidden: Iterable[Tensor]) -> None:
         """Take the hidden states (tokens, hidden_size) of one window after another."""

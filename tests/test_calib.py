@@ -60,6 +60,15 @@ def test_hessian_is_the_sum_over_kept_tokens() -> None:
         whole.merge(Hessian(9))
 
 
+def test_what_a_layer_keeps_has_the_same_room_in_every_layer() -> None:
+    states = HiddenStates(6, 8, 16)
+    first = states.room(4, 32, "cpu")
+    assert first.shape == (4, 8, 32) and first.dtype == torch.float32
+    states.swap()
+    assert states.room(4, 32, "cpu").data_ptr() == first.data_ptr()
+    assert states.room(3, 32, "cpu").shape == (3, 8, 32)
+
+
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 19, 1 << 30])  # none, one batch of three, all
 @pytest.mark.parametrize(("spill", "head_dim"), [(False, 8), (True, 8), (False, 16), (True, 4)])
 def test_walk_computes_the_layer_and_sees_replaced_weights(

@@ -124,13 +124,15 @@ class MLP(nn.Module):
         self.down_proj: nn.Module = Linear(width, hidden, bias)
         self.gate_up_proj: nn.Module | None = None  # takes the place of the two
 
-    def mix(self, x: Tensor) -> Tensor:
-        """The input of down_proj, (B, T, intermediate), from the normed x (B, T, hidden)."""
+    def mix(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The input of down_proj, (B, T, intermediate), from the normed x (B, T, hidden); written
+        to `out` where that is given.
+        """
         if self.gate_up_proj is not None:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return F.silu(gate) * up
+        return torch.mul(F.silu(gate), up, out=out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.mix(x))
