@@ -43,13 +43,16 @@ def convert(
         reader.copy_companions(folder)
         config = _with_tokens(folder, reader.config, new)
         writer = StreamWriter(folder, len(reader.names()))
-        for name in reader.names():
-            tensor = reader.tensor(name)
-            if name in ("model.embed_tokens.weight", "lm_head.weight"):
-                tensor = grow(tensor, config["vocab_size"], new.rows)
-            if not name.endswith("rotary_emb.inv_freq"):  # is computed
-                writer.add(name, tensor)
-            reader.release()  # or the whole checkpoint would stay mapped
+        try:
+            for name in reader.names():
+                tensor = reader.tensor(name)
+                if name in ("model.embed_tokens.weight", "lm_head.weight"):
+                    tensor = grow(tensor, config["vocab_size"], new.rows)
+                if not name.endswith("rotary_emb.inv_freq"):  # is computed
+                    writer.add(name, tensor)
+                reader.release()  # or the whole checkpoint would stay mapped
+        finally:
+            writer.flush()
         writer.close()
         write_json(folder / "config.json", config)
 

@@ -133,11 +133,14 @@ def export(
     whole = whole_file if to == "gguf" else whole_folder
     with whole(Path(target), overwrite) as place, torch.inference_mode():
         writer = TARGETS[to](opened, place, head)
-        for name, value in opened.entries():
-            if isinstance(value, QuantizedTensor):
-                writer.add_quantized(name, value)
-            else:
-                writer.add_plain(name, value)
+        try:
+            for name, value in opened.entries():
+                if isinstance(value, QuantizedTensor):
+                    writer.add_quantized(name, value)
+                else:
+                    writer.add_plain(name, value)
+        finally:
+            writer.flush()
         writer.close(opened.reader.config)
         if place.is_dir():
             _copy_companions(opened.reader, place)

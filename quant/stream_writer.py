@@ -4,17 +4,22 @@ A safetensors file begins with its header, which is known only at the end. Room 
 left at the start of the shard, and filled with spaces behind the header, as the format allows. A
 shard is closed when it is large enough or when its header would not fit. Unlike CheckpointWriter
 nothing is written twice, and an interrupted run leaves nothing of use.
+
+One tensor is written in a thread of its own while the caller makes the next one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from quant.background import background_thread
 
 _DTYPES = {
     torch.float64: "F64",
@@ -46,9 +51,15 @@ class StreamWriter:
         self._file: Path | None = None
         self._header: dict[str, Any] = {}
         self._header_bytes = self._position = self._total_bytes = 0
+        self._pool = background_thread()
+        self._writing: Future[None] | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor."""
+        """Write a tensor, which must stay as it is until the next call.
+
+        Raises:
+            OSError: it, or the one before it, cannot be written.
+        """
         tensor = tensor.detach().cpu().contiguous()
         size_bytes = tensor.numel() * tensor.element_size()
         shape = list(tensor.shape)
@@ -60,16 +71,23 @@ class StreamWriter:
         ):
             self._finish_shard()
         file = self._file or self._start_shard(entry_bytes)
-        with file.open("r+b") as opened:  # for each tensor, so that a failure leaves none open
-            opened.seek(8 + self._room + self._position)
-            opened.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        self.flush()
+        place = 8 + self._room + self._position
+        self._writing = self._pool.submit(_write, file, place, tensor)
         end = self._position + size_bytes
         self._header[name] = {**entry, "data_offsets": [self._position, end]}
         self._header_bytes, self._position = self._header_bytes + entry_bytes, end
         self._total_bytes += size_bytes
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """Wait until what was added is written.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def close(self) -> None:
         """Finish the last shard, give the shards their names, and write the index last; one shard
@@ -102,6 +120,7 @@ class StreamWriter:
     def _finish_shard(self) -> None:
         """Write the header into its room and wait until the shard is on the disk."""
         assert self._file
+        self.flush()
         text = json.dumps(self._header, separators=(",", ":")).encode()
         with self._file.open("r+b") as opened:
             opened.write(self._room.to_bytes(8, "little") + text.ljust(self._room))
@@ -110,3 +129,12 @@ class StreamWriter:
         names = [name for name in self._header if name != "__metadata__"]
         self._shards.append((self._file, names))
         self._file = None
+
+
+def _write(file: Path, place: int, tensor: Tensor) -> None:
+    """Put a contiguous tensor into a file, which is opened for it, so that a failure leaves none
+    open.
+    """
+    with file.open("r+b") as opened:
+        opened.seek(place)
+        opened.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quant import stream_writer
 from quant.config import QuantConfig
 from quant.export import Source, export
-from quant.grid import QuantizedTensor
+from quant.formats.rounding import Rounding
+from quant.grid import Grid, QuantizedTensor
 from quant.loader import load_model
 from quant.sources import open_checkpoint
 from quant.stream_writer import StreamWriter
@@ -73,3 +76,50 @@ def test_shards_split_by_size_and_by_header(tmp_path: Path) -> None:
         assert len(list((tmp_path / "a").glob("model-*-of-*.safetensors"))) > 3
         for file in (tmp_path / "a").iterdir():
             file.unlink()
+
+
+def test_the_extremes_of_a_grid_decide_for_float16() -> None:
+    """A value that float16 cannot hold is refused; a scale alone is not a value."""
+    codes = torch.full((2, 64), 8, dtype=torch.uint8)
+    scales = torch.full((2, 2), 60000.0)
+    grid = Grid(scales, torch.full((2, 2), 8, dtype=torch.uint8), 4)
+    rounding = Rounding()
+    assert not rounding.round_grid("a", QuantizedTensor(codes, grid), torch.float16).any()
+    assert not rounding.notes()
+    codes[1, 40] = 10
+    with pytest.raises(ValueError, match="b: holds values that are not finite in float16"):
+        rounding.round_grid("b", QuantizedTensor(codes, grid), torch.float16)
+    scales.fill_(1 + 2**-10)  # times 3 it needs a bit more than float16 has
+    codes[1, 40] = 11
+    assert rounding.round_grid("c", QuantizedTensor(codes, grid), torch.float32).any()
+    assert not rounding.notes()
+    rounding.round_grid("d", QuantizedTensor(codes, grid), torch.float16)
+    assert "float16, by at most 0.00049 of their size, or 3e-08 (d is" in rounding.notes()[0]
+
+
+def test_a_failed_write_is_told_and_waited_for(
+    quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that writes hands its error over, and has ended when the folder is removed."""
+    source, real, seen = quantized(QuantConfig(4, 64)), stream_writer._write, []
+
+    def slow(file: Path, place: int, tensor: torch.Tensor) -> None:
+        time.sleep(0.05)
+        seen.append(file.is_file())
+        real(file, place, tensor)
+
+    def full(file: Path, place: int, tensor: torch.Tensor) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stream_writer, "_write", slow)
+    broken = lambda self, name, qt: (_ for _ in ()).throw(ValueError("no"))  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr("quant.formats.float_folder.Writer.add_quantized", broken)
+        with pytest.raises(ValueError, match="^no$"):
+            export(source, tmp_path / "float", "float32")
+    time.sleep(0.2)
+    assert seen and all(seen)
+    monkeypatch.setattr(stream_writer, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(source, tmp_path / "float", "float32")
+    assert not [path for path in tmp_path.iterdir() if "float" in path.name]

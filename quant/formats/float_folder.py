@@ -28,8 +28,11 @@ class Writer:
         self._rounding = Rounding()
 
     def add_quantized(self, name: str, qt: QuantizedTensor) -> None:
-        """Write the values of the linear called `name` (without ".weight")."""
-        self.add_plain(f"{name}.weight", qt.dequantize())
+        """Write the values of the linear called `name` (without ".weight"); raises as
+        `add_plain` does.
+        """
+        full_name = f"{name}.weight"
+        self._shards.add(full_name, self._rounding.round_grid(full_name, qt, self.dtype))
 
     def add_plain(self, name: str, tensor: Tensor) -> None:
         """Write a tensor.
@@ -40,7 +43,8 @@ class Writer:
         self._shards.add(name, self._rounding.round(name, tensor, self.dtype))
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """Put what was added so far on the disk."""
+        self._shards.flush()
 
     def close(self, model_config: dict[str, Any]) -> None:
         """Finish the shards and write config.json."""

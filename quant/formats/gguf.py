@@ -92,6 +92,9 @@ class Writer:
         else:
             self._add(name, Blocks(F16, self._rounding.round(name, tensor, torch.float16)))
 
+    def flush(self) -> None:
+        """Nothing waits here."""
+
     def close(self, model_config: dict[str, Any]) -> None:
         """Fill in the head of the file."""
         kind = max(self._kinds, key=lambda kind: self._kinds[kind])
