@@ -94,6 +94,17 @@ def test_the_environment_chooses_the_instruction_set() -> None:
 
 
 @built
+def test_a_library_of_other_sources_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_INTERFACE", 1)
+    native.library.cache_clear()
+    with pytest.warns(UserWarning, match=r"built from other sources.*pip install --force-re"):
+        assert native.library() is None
+    monkeypatch.undo()
+    native.library.cache_clear()
+    assert native.library() is not None
+
+
+@built
 def test_bad_arguments() -> None:
     packed = cpu.pack(make(40, 128, 32))
     with pytest.raises(ValueError, match=r"x of shape \(2, 127\).*expected \(..., 128\)"):

@@ -16,11 +16,12 @@ import torch
 
 PRECISIONS = ("exact", "high", "fast")  # `enum precision` of kern.h
 TILE = 16  # outputs, of kern.h
+_INTERFACE = 2  # KERN_INTERFACE of kern.h
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, or None with one warning where it was not built.
+    """The library, or None with one warning where it was not built, or from other sources.
 
     Raises:
         ValueError: LLAMA_GPTQ_ISA names an instruction set that cannot run here.
@@ -28,14 +29,15 @@ def library() -> ctypes.CDLL | None:
     names = ("libkern.so", "libkern.dylib", "libkern.dll")
     # An editable install has the sources in one folder of the package, the library in another.
     found = [file for folder in __path__ for name in names if (file := Path(folder, name)).exists()]
-    if not found:
+    kern = ctypes.CDLL(str(found[0])) if found else None
+    if kern is None or not hasattr(kern, "kern_interface") or kern.kern_interface() != _INTERFACE:
         warnings.warn(
-            "the native kernels are not built, so 4-bit models run slowly; install a C compiler "
-            "and run: pip install --force-reinstall --no-deps -e .",
+            f"the native kernels are {'built from other sources' if kern else 'not built'}, so "
+            "4-bit models run slowly; install a C compiler and run: pip install "
+            "--force-reinstall --no-deps -e .",
             stacklevel=2,
         )
         return None
-    kern = ctypes.CDLL(str(found[0]))
     kern.kern_available.restype = ctypes.c_char_p
     kern.kern_selected.restype = ctypes.c_char_p
     kern.kern_select.argtypes = [ctypes.c_char_p]

@@ -54,6 +54,8 @@ static const struct {
 
 static const kern_isa *selected;
 
+int kern_interface(void) { return KERN_INTERFACE; }
+
 const char *kern_available(void) {
     static char names[128];
     size_t used = 0;

@@ -141,6 +141,10 @@ const kern_isa *kern_active(void);
 #define KERN_API __attribute__((visibility("default")))
 #endif
 
+/* KERN_INTERFACE, by which callers know that structs and functions are those of their own sources.
+ * It counts the changes to what stands in this file for callers. */
+#define KERN_INTERFACE 2
+KERN_API int kern_interface(void);
 /* The names of the usable instruction sets, best first, separated by spaces. */
 KERN_API const char *kern_available(void);
 /* Use the instruction set of that name, or the best for NULL. 0, or -1 if it cannot run here. */
