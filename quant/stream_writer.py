@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 import os
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant.background import background_thread
+from quant.background import TensorWriter
 
 _DTYPES = {
     torch.float64: "F64",
@@ -51,8 +50,7 @@ class StreamWriter:
         self._file: Path | None = None
         self._header: dict[str, Any] = {}
         self._header_bytes = self._position = self._total_bytes = 0
-        self._pool = background_thread()
-        self._writing: Future[None] | None = None
+        self._tensors = TensorWriter()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, which must stay as it is until the next call.
@@ -71,9 +69,7 @@ class StreamWriter:
         ):
             self._finish_shard()
         file = self._file or self._start_shard(entry_bytes)
-        self.flush()
-        place = 8 + self._room + self._position
-        self._writing = self._pool.submit(_write, file, place, tensor)
+        self._tensors.write(file, 8 + self._room + self._position, tensor)
         end = self._position + size_bytes
         self._header[name] = {**entry, "data_offsets": [self._position, end]}
         self._header_bytes, self._position = self._header_bytes + entry_bytes, end
@@ -85,9 +81,7 @@ class StreamWriter:
         Raises:
             OSError: it cannot be.
         """
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+        self._tensors.wait()
 
     def close(self) -> None:
         """Finish the last shard, give the shards their names, and write the index last; one shard
@@ -129,12 +123,3 @@ class StreamWriter:
         names = [name for name in self._header if name != "__metadata__"]
         self._shards.append((self._file, names))
         self._file = None
-
-
-def _write(file: Path, place: int, tensor: Tensor) -> None:
-    """Put a contiguous tensor into a file, which is opened for it, so that a failure leaves none
-    open.
-    """
-    with file.open("r+b") as opened:
-        opened.seek(place)
-        opened.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant import stream_writer
+from quant import background
 from quant.config import QuantConfig
 from quant.export import Source, export
 from quant.formats.rounding import Rounding
@@ -101,7 +101,7 @@ def test_a_failed_write_is_told_and_waited_for(
     quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread that writes hands its error over, and has ended when the folder is removed."""
-    source, real, seen = quantized(QuantConfig(4, 64)), stream_writer._write, []
+    source, real, seen = quantized(QuantConfig(4, 64)), background._write, []
 
     def slow(file: Path, place: int, tensor: torch.Tensor) -> None:
         time.sleep(0.05)
@@ -111,7 +111,7 @@ def test_a_failed_write_is_told_and_waited_for(
     def full(file: Path, place: int, tensor: torch.Tensor) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stream_writer, "_write", slow)
+    monkeypatch.setattr(background, "_write", slow)
     broken = lambda self, name, qt: (_ for _ in ()).throw(ValueError("no"))  # noqa: E731
     with monkeypatch.context() as patched:
         patched.setattr("quant.formats.float_folder.Writer.add_quantized", broken)
@@ -119,7 +119,9 @@ def test_a_failed_write_is_told_and_waited_for(
             export(source, tmp_path / "float", "float32")
     time.sleep(0.2)
     assert seen and all(seen)
-    monkeypatch.setattr(stream_writer, "_write", full)
+    monkeypatch.setattr(background, "_write", full)
     with pytest.raises(OSError, match="No space left"):
         export(source, tmp_path / "float", "float32")
+    with pytest.raises(OSError, match="No space left"):
+        export(source, tmp_path / "float.gguf", "gguf")
     assert not [path for path in tmp_path.iterdir() if "float" in path.name]

@@ -93,7 +93,8 @@ class Writer:
             self._add(name, Blocks(F16, self._rounding.round(name, tensor, torch.float16)))
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """Put what was added so far on the disk."""
+        self._file.flush()
 
     def close(self, model_config: dict[str, Any]) -> None:
         """Fill in the head of the file."""

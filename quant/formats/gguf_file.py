@@ -18,13 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quant.background import TensorWriter
+
 Value = str | bool | int | float | list[str] | list[float] | list[int]
 _ALIGNMENT = 32
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 
 class GGUFFile:
-    """One file, written tensor by tensor.
+    """One file, written tensor by tensor, each while the caller makes the next one.
 
     Args:
         path: the file to make.
@@ -40,6 +42,7 @@ class GGUFFile:
         nothing = dict.fromkeys(shapes, (0, 0))
         self._start = _aligned(len(self._head(nothing)))
         self._offset = 0
+        self._tensors = TensorWriter()
         path.write_bytes(b"")
 
     def add(self, name: str, kind: int, data: Tensor) -> None:
@@ -52,12 +55,16 @@ class GGUFFile:
             raise ValueError(f"{name}: a tensor that a Llama of this config.json has not, or twice")
         raw = data.contiguous().reshape(-1).view(torch.uint8)
         self._entries[name] = (kind, self._offset)
-        padding = _aligned(raw.numel()) - raw.numel()
-        with self.path.open("r+b") as file:  # opened for each, so that a failure leaves none open
-            file.seek(self._start + self._offset)
-            file.write(raw.numpy().data)
-            file.write(bytes(padding))
-        self._offset += raw.numel() + padding
+        self._tensors.write(self.path, self._start + self._offset, raw)
+        self._offset += _aligned(raw.numel())
+
+    def flush(self) -> None:
+        """Wait until what was added is written.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        self._tensors.wait()
 
     def close(self) -> None:
         """Fill in the head and wait until the file is on the disk.
@@ -72,7 +79,9 @@ class GGUFFile:
             )
         head = self._head(self._entries)
         assert _aligned(len(head)) == self._start
+        self.flush()
         with self.path.open("r+b") as file:
+            file.truncate(self._start + self._offset)  # the last tensor is padded, too
             file.write(head)
             file.flush()
             os.fsync(file.fileno())
