@@ -1,7 +1,7 @@
 """Forecast and measured time and memory of one quantization, with random token ids.
 
     python benchmarks/forecast.py MODEL [--samples 8] [--seq-len 2048] [--group-size 128]
-                                  [--spill DIR] [--max-memory 16GB]
+                                  [--effort fast] [--spill DIR] [--max-memory 16GB]
 
 MODEL is a checkpoint folder; it needs no tokenizer. Rates are measured just before, as `quantize`
 does. Prints one row of a table. The peak is that of this process; the embedding is shown beside it
@@ -21,7 +21,7 @@ from quant import QuantConfig, RunOptions, quantize_checkpoint
 from quant.llama.config import LlamaConfig
 from quant.machine import measure, peak_memory_bytes
 from quant.plan import fit_memory, job_of, make_plan, parse_size
-from quant.solvers.gptq import GPTQOptions
+from quant.solvers.gptq import EFFORTS
 from quant.sources import open_checkpoint
 
 
@@ -31,12 +31,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--effort", choices=EFFORTS, default="fast")
     parser.add_argument("--spill", type=Path)
     parser.add_argument("--max-memory")
     asked = parser.parse_args()
     reader = open_checkpoint(asked.model)
     llama, config = LlamaConfig.from_dict(reader.config), QuantConfig(group_size=asked.group_size)
-    windows, solver = (asked.samples, asked.seq_len), GPTQOptions()
+    windows, solver = (asked.samples, asked.seq_len), EFFORTS[asked.effort]
     job = job_of(reader, llama, config, windows, solver, Storage(spill=asked.spill))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -24,9 +24,8 @@ from quant.partial import partial_path
 from quant.units import duration, size
 from quant.workload import (
     COSTS,
-    ELEMENT_COST,
     Job,
-    elements,
+    cost,
     peak_bytes,
     states_bytes,
     tuning,
@@ -34,7 +33,7 @@ from quant.workload import (
 )
 
 _SHARD_BYTES = 4 << 30  # joined beside its parts
-_START_SECONDS, _LAYER_SECONDS = 1.5, 0.06  # checks and reading back; files of a layer
+_START_SECONDS, _LAYER_SECONDS = 1.0, 0.06  # checks and reading back; files of a layer
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Plan:
 def make_plan(job: Job) -> Plan:
     """Count a run."""
     llama, flops, memory = job.llama, work(job), peak_bytes(job)
-    longer = sum(count * COSTS[part] for part, count in flops.items())
+    longer = cost(job)
     if job.tuning:
         flops["tuning"], tuning_memory = tuning(job)
         longer += flops["tuning"] * COSTS["forward"]
@@ -96,7 +95,7 @@ def make_plan(job: Job) -> Plan:
         layers=llama.num_hidden_layers,
         tokens=job.tokens,
         flops=flops,
-        cost=longer + ELEMENT_COST * elements(job),
+        cost=longer,
         memory=int(memory),
         states=states,
         spilled=streams * states if job.storage.spill else 0,
@@ -179,7 +178,8 @@ def job_of(
         storage,
         beside=getattr(solver, "needs_float", False),
         tuning=getattr(solver, "tuning", 0),
-        extra_products=getattr(solver, "extra_products", 0),
+        sweeps=getattr(solver, "sweeps", 0),
+        refits=getattr(solver, "refits", 0),
     )
 
 

@@ -5,7 +5,12 @@ input widths n (one for each group of linears that share an input) and r rows on
     attention  2 T seq_len width, causal
     Hessian    n^2 T, one triangle
     Cholesky   n^3 / 3
-    solve      r n^2 for the columns, and 2 r n^2 for the energy of W and round-to-nearest's error
+    solve      r n^2 for the columns, for the energy of W and for that of every error in the report;
+               2 r n^2 for a sweep, 3 r n^2 for a refit (E H, and half as much for A)
+
+Where the float model runs beside the quantized one, forward and attention count twice. Its drift
+adds 2 n^2 T to a Hessian and its lag 2 r n T; to aim takes a second Cholesky, 2 r n^2 to multiply
+W by the drift and 2 r n^2 to solve, and errors are told from W and from the aim.
 
 Not all of it runs at the rate of a large product: the costs below say how much longer each part
 takes, read off `benchmarks/parts.py`. Memory is counted at the solve of each group.
@@ -13,7 +18,7 @@ takes, read off `benchmarks/parts.py`. Memory is counted at the solve of each gr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from calib.capture import Budget
 from calib.hidden import Storage
@@ -22,9 +27,13 @@ from quant.geometry import linear_shapes, stored_bytes
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS
 
-COSTS = {"forward": 1.2, "attention": 5.0, "Hessian": 1.3, "Cholesky": 1.7, "solve": 1.6}
-ELEMENT_COST = 800  # operations in the time of one activation through norms and SiLU
-_BASE_BYTES = 460_000_000  # torch, the tokenizer, the calibration text
+COSTS = {"forward": 1.2, "attention": 5.0, "Hessian": 1.3, "Cholesky": 1.3, "solve": 1.3}
+# Operations in the time of
+_ELEMENT_COST = 600  # one activation through norms and SiLU
+_WEIGHT_COST = 4500  # one weight through a step of its solve, beside the products
+_SQUARE_COST = 15  # one of the squares on the diagonal that LAPACK factors,
+_SQUARE = 512  # of which each has so many columns
+_BASE_BYTES = 400_000_000  # torch, the tokenizer, the calibration text
 _SQUARES = 2  # matrices of a group's width: the Hessian and its factor
 _STACKS = 1.5  # of the shape that is solved: errors, and codes twice; one more where linears join
 _GATHERED = 3072  # columns of a weight that are gathered or corrected at a time
@@ -34,8 +43,8 @@ _AIMING = 4  # matrices of a group's width while a weight is aimed: H and D, H d
 @dataclass(frozen=True)
 class Job:
     """What is planned: a model of `weight_bytes` per weight, windows, how they are held,
-    whether the float model runs beside the quantized one, the passes of tuning at the end, and the
-    products of a weight with its Hessian beyond those of plain GPTQ.
+    whether the float model runs beside the quantized one, the sweeps and refits of every solve, and
+    the passes of tuning at the end.
     """
 
     llama: LlamaConfig
@@ -47,7 +56,8 @@ class Job:
     budget: Budget = Budget()  # noqa: RUF009 - frozen
     beside: bool = False
     tuning: int = 0
-    extra_products: int = 0
+    sweeps: int = 0
+    refits: int = 0
 
     @property
     def tokens(self) -> int:
@@ -83,15 +93,16 @@ def work(job: Job) -> dict[str, float]:
     wide = llama.num_attention_heads * llama.head_dim
     again = 4 * llama.hidden_size * llama.intermediate_size * tokens * (1 - _kept(job) / _down(job))
     streams = 2 if job.beside else 1
-    products = 3 + job.extra_products + (2 if job.beside else 0)  # beside: judged twice
     layer = {
         "forward": streams * (2 * weights_of(llama) * tokens + again),
         "attention": streams * 2 * tokens * job.seq_len * wide,
         "Hessian": sum(group.width**2 * tokens for group in groups),
-        "Cholesky": sum(group.width**3 / 3 for group in groups),
-        "solve": sum(products * group.rows * group.width**2 for group in groups),
+        "Cholesky": streams * sum(group.width**3 / 3 for group in groups),
+        "solve": sum(products(job) * group.rows * group.width**2 for group in groups),
     }
     if job.beside:
+        layer["solve"] += sum(4 * group.rows * group.width**2 for group in groups[:-1])
+        layer["solve"] += 2 * groups[-1].rows * groups[-1].width ** 2  # no drift
         layer["Hessian"] += sum(2 * group.width**2 * tokens for group in groups[:-1])
         layer["Hessian"] += sum(2 * group.rows * group.width * tokens for group in groups[1::2])
     counts = {part: count * llama.num_hidden_layers for part, count in layer.items()}
@@ -99,8 +110,28 @@ def work(job: Job) -> dict[str, float]:
         width, rows = llama.hidden_size, llama.vocab_size
         counts["Hessian"] += width**2 * tokens
         counts["Cholesky"] += width**3 / 3
-        counts["solve"] += (3 + job.extra_products) * rows * width**2
+        counts["solve"] += products(replace(job, beside=False)) * rows * width**2
     return counts
+
+
+def products(job: Job) -> int:
+    """Times r n^2 of a solve, the aim left out."""
+    judged = (1 if job.sweeps else 0) + (2 if job.beside else 0)  # plain GPTQ knows its loss
+    return 3 + 2 * job.sweeps + 3 * job.refits + judged
+
+
+def cost(job: Job) -> float:
+    """Operations of a large product that take as long as all of the work but tuning."""
+    llama, streams = job.llama, 2 if job.beside else 1
+    squares = sum(min(g.width, _SQUARE) ** 2 * g.width for g in groups_of(llama)) * streams
+    steps = 2 + job.sweeps + job.refits + streams - 1
+    small = (_SQUARE_COST * squares + _WEIGHT_COST * steps * weights_of(llama)) * (
+        llama.num_hidden_layers
+    )
+    if job.config.has_head:
+        small += _WEIGHT_COST * steps * llama.vocab_size * llama.hidden_size
+    large = sum(count * COSTS[part] for part, count in work(job).items())
+    return large + small + _ELEMENT_COST * elements(job)
 
 
 def elements(job: Job) -> float:

@@ -24,7 +24,7 @@ from quant.solvers import gptq
 from quant.solvers.gptq import GPTQOptions
 from quant.solvers.target import towards_float
 from quant.sources import open_checkpoint
-from quant.workload import Job
+from quant.workload import Job, groups_of
 
 
 @pytest.fixture
@@ -240,8 +240,13 @@ def test_plan_counts_the_second_stream(tiny_checkpoint: Path) -> None:
     more *= llama.num_hidden_layers
     assert two.flops["Hessian"] - one.flops["Hessian"] == more
     assert two.memory - one.memory >= one.states
-    swept = make_plan(replace(job, extra_products=GPTQOptions(sweeps=2, refits=1).extra_products))
-    assert swept.flops["solve"] / one.flops["solve"] == (3 + 2 * 2 + 5) / 3
+    assert two.flops["Cholesky"] == 2 * one.flops["Cholesky"]
+    swept = make_plan(replace(job, sweeps=2, refits=1))
+    assert swept.flops["solve"] / one.flops["solve"] == pytest.approx((3 + 2 * 2 + 3 + 1) / 3)
+    square = sum(group.rows * group.width**2 for group in groups_of(llama))
+    plain = square - groups_of(llama)[-1].rows * llama.intermediate_size**2
+    extra = (2 * square + 2 * plain + 2 * square) * llama.num_hidden_layers
+    assert two.flops["solve"] - one.flops["solve"] == pytest.approx(extra)
 
 
 def test_efforts_are_what_their_names_say() -> None:

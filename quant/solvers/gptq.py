@@ -97,11 +97,6 @@ class GPTQOptions:
         """Whether the float model has to run beside the quantized one."""
         return self.target > 0 or self.residual > 0
 
-    @property
-    def extra_products(self) -> int:
-        """Products with H that sweeps and refits make beyond plain GPTQ, for forecasts of time."""
-        return 2 * self.sweeps + 5 * self.refits
-
 
 _FAST = GPTQOptions(scales="signed", sweeps=1, refits=1)
 _BALANCED = replace(_FAST, target=0.5, residual=0.5)

@@ -27,6 +27,8 @@ from quant.native import solving
 from quant.native.products import product
 from quant.solvers.columns import by_column, round_block
 
+_ROWS = 512  # rows at a time that are dequantized
+
 
 def sweep(
     weight: Tensor, hessian: Tensor, tensor: QuantizedTensor, block_size: int
@@ -46,7 +48,10 @@ def sweep(
     order = torch.arange(weight.shape[1], device=weight.device)
     grids = by_column(grid, order)
     codes = tensor.codes.T.contiguous()  # (in, out)
-    errors = weight.T - tensor.dequantize(weight.dtype).T  # (in, out)
+    errors = torch.empty(codes.shape, dtype=weight.dtype, device=weight.device)
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        errors[:, rows] = (weight[rows] - tensor.rows(rows).dequantize(weight.dtype)).T
     for start in range(0, len(codes), block_size):
         block = slice(start, min(start + block_size, len(codes)))
         here = grids.of(block)
