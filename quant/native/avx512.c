@@ -8,6 +8,7 @@
 
 #define LANES 16
 #define LOOKUP
+#define MOST_SUMS 16
 #define TILE_ROWS_FAST 8
 #define TILE_ROWS_EXACT 8
 #define PANEL_ROWS 12

@@ -7,6 +7,7 @@
 #include <arm_neon.h>
 
 #define LANES 4
+#define MOST_SUMS 16
 #define TILE_ROWS_FAST 4
 #define TILE_ROWS_EXACT 4
 #define PANEL_ROWS 4

@@ -72,10 +72,12 @@ INLINE void dots_fast(int rows, const uint8_t *line, const uint32_t *x, vi dots[
     EACH(r, rows) EACH(v, VECTORS) dots[r][v] = total8(sums[r][v]);
 }
 
-/* One block of int16 activations; few outputs at a time need several sums to keep busy. */
+/* One block of int16 activations; few outputs at a time need several sums to keep busy: as many as
+ * there are registers for. */
 INLINE void dots_high(int rows, int bits, const uint8_t *line, int64_t block, const uint32_t *x,
                       vi dots[][VECTORS]) {
-    const int chains = rows * VECTORS < 4 ? 4 : 1;
+    const int outputs = rows * VECTORS;
+    const int chains = outputs * 4 <= MOST_SUMS ? 4 : outputs * 2 <= MOST_SUMS ? 2 : 1;
     vi sums[TILE_ROWS_FAST][VECTORS][4];
     EACH(r, rows) EACH(v, VECTORS) EACH(c, chains) sums[r][v][c] = zero_i();
     for (int64_t k = 0; k < block; k += 8, line += LINE * bits / 4, x += 4 * rows) {

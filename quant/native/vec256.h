@@ -62,10 +62,12 @@ OP vi word(const uint32_t *p) { return _mm256_set1_epi32((int32_t)*p); }
 OP vf value(const float *p) { return set1_f(*p); }
 
 #ifdef WITH_VNNI
+#define MOST_SUMS 8
 OP v8 dot8(v8 acc, vi w, vi a) { return _mm256_dpbusd_avx_epi32(acc, w, a); }
 OP vi total8(v8 acc) { return acc; }
 OP vi dot16(vi acc, vi w, vi a) { return _mm256_dpwssd_avx_epi32(acc, w, a); }
 #else
+#define MOST_SUMS 2 /* additions take one cycle */
 /* A product pair is at most 2 * 15 * 127 = 3810, and a block adds eight: 30480 fits in 16 bits. */
 OP v8 dot8(v8 acc, vi w, vi a) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, a)); }
 OP vi total8(v8 acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
