@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.checkpoint import CheckpointReader
+from quant.checkpoint import CheckpointReader, coarse_linear
 from quant.config import QuantConfig
 from quant.formats import FORMATS, autogptq, compressed_tensors, float_folder, gguf
 from quant.formats.gguf_vocabulary import vocabulary
@@ -75,8 +75,13 @@ class Source:
         """The stored grid.
 
         Raises:
-            ValueError: the checkpoint is a float one.
+            ValueError: the checkpoint is a float one, or one whose blocks are not moved as codes.
         """
+        if coarse := coarse_linear(self.reader):
+            raise ValueError(
+                f"{self.reader.path}: codes are not moved from its blocks ({coarse}) to {target}; "
+                "export to float16, or quantize the float checkpoint it was made from"
+            )
         if self.config is None:
             raise ValueError(
                 f"{self.reader.path}: is not quantized, so there are no codes to move to {target}; "

@@ -205,37 +205,24 @@ def test_quantized(model: Path, tmp_path: Path, where: str) -> None:
     attack(folder / where, variants, lambda: load_model(folder, "cpu", backend="reference"))
 
 
-def borders(data: bytes) -> list[int]:
-    """Lengths to cut a file to: around its start, its middle and its end."""
-    size = len(data)
-    return [0, 1, 3, 4, 7, 8, 9, 23, 24, 27, 28, 255, 256, 257, size // 2, size - 4, size - 1]
+@pytest.mark.parametrize("where", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("form", ["compressed-tensors", "awq"])
+def test_quantized_by_others(model: Path, tmp_path: Path, form: str, where: str) -> None:
+    if form == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+    from foreign_files import foreign
 
-
-@pytest.mark.parametrize("kind", ["safetensors", "pth", "llama2c", "gguf"])
-def test_a_cut_file_is_refused(model: Path, tmp_path: Path, kind: str) -> None:
-    """At the borders of sections: header, keys, tensors."""
-    where, file = model, model / "model.safetensors"
-    if kind == "pth":
-        where = write_meta(model, tmp_path / "meta" / "7b", 1)
-        file = where / "consolidated.00.pth"
-    elif kind == "llama2c":
-        from llama2c_files import write
-
-        where = file = tmp_path / "m.bin"
-        write(model, SMALL, 2, file, group=32)
-    elif kind == "gguf":
-        gguf = pytest.importorskip("gguf")
-        from gguf_files import write as write_gguf
-
-        config = {**SMALL, "vocab_size": 2048}
-        save_file(random_state(config), file)
-        (model / "config.json").write_text(json.dumps(config))
-        where = file = tmp_path / "m.gguf"
-        write_gguf(model, file, gguf.GGMLQuantizationType.F16)
-    data = file.read_bytes()
-    header = 8 + int.from_bytes(data[:8], "little") if kind == "safetensors" else 0
-    tensors = data.find(b"token_embd.weight")
-    for size in {*borders(data), header, header - 1, max(tensors, 0), max(tensors - 8, 0)}:
-        file.unlink()
-        file.write_bytes(data[:size])
-        assert not ends_well(lambda: load_model(where, "cpu")), size
+    folder = tmp_path / "q"
+    foreign(model, folder, form, 4, form != "awq")
+    data = (folder / where).read_bytes()
+    if where == "config.json":  # half of the damage to the settings of the format
+        config = json.loads(data)
+        settings = damaged_objects(config["quantization_config"], 15, MUTATIONS // 2)
+        quarter = b'"quantization_config": '
+        start = json.dumps({**config, "quantization_config": 0}).encode()[: -len("0}")]
+        assert start.endswith(quarter)
+        damaged = [start + value + b"}" for value in settings]
+        variants = iter([*damaged, *damaged_objects(config, 16, MUTATIONS // 2)])
+    else:
+        variants = damaged_bytes(data, 8 + int.from_bytes(data[:8], "little"), 17, MUTATIONS)
+    attack(folder / where, variants, lambda: load_model(folder, "cpu", backend="reference"))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quant import QuantConfig, RTNOptions, load_quantized, quantize_checkpoint
 from quant.convert import convert
+from quant.export import export
 from quant.inspection import describe, will_it_load
 from quant.llama.tokenizer import load_tokenizer
 from quant.loader import load_model
@@ -115,6 +116,8 @@ def test_coarse_blocks_are_not_quantized_again(
     message = f"m.gguf: is quantized already \\(model.layers.0.*_proj.weight is {kind}\\); give the"
     with pytest.raises(ValueError, match=message):
         quantize_checkpoint(file, tmp_path / "out", windows, QuantConfig(4, 32), RTNOptions())
+    with pytest.raises(ValueError, match=r"m.gguf: codes are not moved from its blocks \(model"):
+        export(file, tmp_path / "out", "gptq_v2")
     model, _ = load_quantized(file, device="cpu")
     assert torch.isfinite(model(windows)).all()
 
