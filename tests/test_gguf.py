@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -155,8 +156,10 @@ LAYERS = key("llama.block_count", 4)
         (lambda d: b"", "is empty"),
         (lambda d: b"GGML" + d[4:], "does not begin with GGUF"),
         (lambda d: d[:4] + struct.pack("<I", 1) + d[8:], "GGUF version 1 is not supported"),
-        (lambda d: d[:16] + struct.pack("<Q", 1 << 60) + d[24:], "beyond the end|damaged"),
-        (lambda d: d[:8] + struct.pack("<Q", 1 << 60) + d[16:], "beyond the end|dimensions|long"),
+        (lambda d: d[:16] + struct.pack("<Q", 1 << 60) + d[24:], "keys .* too many"),
+        (lambda d: d[:8] + struct.pack("<Q", 1 << 60) + d[16:], "tensors .* too many"),
+        (lambda d: d[:16] + struct.pack("<Q", 1 << 15) + d[24:], "beyond the end|type|long"),
+        (lambda d: d[:8] + struct.pack("<Q", 1 << 15) + d[16:], "beyond the end|dimensions|long"),
         (lambda d: d[:24] + struct.pack("<Q", 1 << 60) + d[32:], "name of key 0 is .* bytes long"),
         (lambda d: d[:-4096], "ends at byte .*; it is truncated"),
         (replace(b"llama.block_count", b"llama.block_xxxxx"), "num_hidden_layers is None"),
@@ -176,4 +179,18 @@ def test_headers_that_lie_are_refused(
     write(make_checkpoint(), file, Kind.F16)
     file.write_bytes(edit(file.read_bytes()))
     with pytest.raises(ValueError, match=f"m.gguf: .*({message})"):
+        open_checkpoint(file)
+
+
+def test_a_count_that_the_weights_could_hold_makes_no_list(
+    make_checkpoint: Make, tmp_path: Path
+) -> None:
+    """As many scores as fit into the file would be a list of eight times its size."""
+    file = tmp_path / "m.gguf"
+    write(make_checkpoint(), file, Kind.F16)
+    data = file.read_bytes()
+    place = data.index(SCORES + b"\6\0\0\0") + len(SCORES) + 4
+    file.write_bytes(data[:place] + struct.pack("<Q", 1 << 24) + data[place + 8 :])
+    os.truncate(file, 1 << 27)  # sparse
+    with pytest.raises(ValueError, match="scores is an array of 16777216 values; it is damaged"):
         open_checkpoint(file)

@@ -22,7 +22,8 @@ _SCALARS = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
-_MAX_NAME = 65535
+_MAX_NAME = _MAX_ENTRIES = 65535  # of keys and of tensors; a 70B model has 723 tensors
+_MAX_ITEMS = 1 << 22  # of an array, which becomes a list; vocabularies have below 2^19
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Cursor:
         if kind != _ARRAY:
             raise ValueError(f"{self.path}: key {key} has the unknown type {kind}")
         inner, count = self.number("I", key), self.number("Q", key)
+        if count > _MAX_ITEMS:
+            raise ValueError(f"{self.path}: key {key} is an array of {count} values; it is damaged")
         if inner in _SCALARS:
             dtype = np.dtype(_SCALARS[inner])
             return np.frombuffer(self.take(count * dtype.itemsize, key), dtype).tolist()
@@ -95,6 +98,9 @@ def read_header(path: Path, data: np.ndarray) -> tuple[dict[str, Any], dict[str,
     if version not in (2, 3):
         raise ValueError(f"{path}: GGUF version {version} is not supported; 2 and 3 are")
     num_tensors, num_keys = cursor.number("Q", "tensor count"), cursor.number("Q", "key count")
+    for what, count in (("tensors", num_tensors), ("keys", num_keys)):
+        if count > _MAX_ENTRIES:
+            raise ValueError(f"{path}: {count} {what} by its header are too many; it is damaged")
     keys: dict[str, Any] = {}
     for index in range(num_keys):
         key = cursor.text(f"name of key {index}", _MAX_NAME)
