@@ -20,6 +20,7 @@ _PUBLIC = {
     "load_quantized": "quant.loader",
     "load_model": "quant.loader",
     "evaluate": "quant.evaluate",
+    "generate_batch": "quant.llama.generate",
 }
 __all__ = list(_PUBLIC)
 

@@ -14,11 +14,11 @@ from conftest import BUNDLED
 from meta_release import hugging_face_state
 from torch import Tensor
 
-from quant import QuantConfig, RTNOptions, load_quantized, quantize_checkpoint
+from quant import QuantConfig, RTNOptions, generate_batch, load_quantized, quantize_checkpoint
 from quant.added_tokens import NewTokens
 from quant.convert import convert
 from quant.llama.config import LlamaConfig
-from quant.llama.generate import Sampling, generate, generate_batch
+from quant.llama.generate import Sampling, generate
 from quant.llama.model import Llama
 from quant.llama.tokenizer import load_tokenizer
 from quant.loader import load_model
@@ -160,3 +160,15 @@ def test_prompts_without_tokens_are_refused() -> None:
         generate_batch(model, [[1], []])
     with pytest.raises(ValueError, match="token id 8 is outside the model's vocabulary of 8"):
         generate_batch(model, [[1], [8]])
+
+
+@pytest.mark.parametrize("precision", ["exact", "high", "fast"])
+def test_each_row_of_a_batch_of_a_quantized_model_is_as_alone(
+    tmp_path: Path, windows: Tensor, precision: str
+) -> None:
+    """Its text does not depend on the rows beside it."""
+    quantize_checkpoint(BUNDLED, tmp_path / "q", windows, QuantConfig(4, 64), RTNOptions())
+    model, tokenizer = load_quantized(tmp_path / "q", device="cpu", precision=precision)
+    prompts = [tokenizer.encode(text) for text in PROMPTS]
+    alone = [list(generate(model, ids, 12)) for ids in prompts]
+    assert generate_batch(model, prompts, 12) == alone
