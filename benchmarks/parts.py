@@ -37,7 +37,11 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "forward: linears": [(llama_model.Linear, "forward")],
     "forward: attention": [(llama_model.Attention, "mix")],
     "forward: norms, MLP": [(llama_model.RMSNorm, "forward"), (llama_model.MLP, "mix")],
-    "Hessian": [(hessian.Hessian, "add"), (layer_loop, "_complete_")],
+    "Hessian": [
+        *((hessian.Hessian, name) for name in ("add", "add_lag")),
+        (layer_loop, "_complete_"),
+    ],
+    "aim": [(group_solver, "_aim")],
     "factor": [(gptq, "factor")],
     "scales": [(gptq, "_fit")],
     "columns": [(gptq, "_round_columns")],

@@ -14,7 +14,7 @@ from torch import Tensor
 from quant.config import QuantConfig
 from quant.grid import QuantizedTensor
 from quant.native import solving
-from quant.solvers import gptq
+from quant.solvers import gptq, sweeps
 from quant.solvers.gptq import GPTQOptions
 from quant.solvers.refit import normal_equations, refit
 from quant.solvers.sweeps import sweep
@@ -53,12 +53,14 @@ def literal_sweep(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> t
     return codes, margins
 
 
-@pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize(("block_size", "wide"), [(16, 2048), (16, 64), (12, 64), (128, 2048)])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_a_sweep_takes_the_best_code_of_each_column(
-    bits: int, symmetric: bool, block_size: int
+    bits: int, symmetric: bool, block_size: int, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Block by block, and in spans of blocks that share a product."""
+    monkeypatch.setattr(sweeps, "_WIDE", wide)
     weight, hessian, tensor = solved(24, 64, bits, QuantConfig(bits, 32, symmetric))
     expected, margins = literal_sweep(weight, hessian, tensor)
     codes = sweep(weight, hessian, tensor, block_size).codes

@@ -6,8 +6,9 @@ that loses least is
 
     v_j = q_j + (E H)_j / H_jj ,      q_j <- nearest grid value to v_j ,
 
-which never raises the loss. A block of columns starts from one product, E H[:, block]; inside it,
-every change d_i = q_i(old) - q_i(new) is passed on at once,
+which never raises the loss. A span of columns starts from one product, E H[:, span], and each block
+in it from the changes of the blocks before it; inside a block, every change d_i = q_i(old) -
+q_i(new) is passed on at once,
 
     v_j = q_j + (E H)_j / H_jj + sum over i < j of d_i H_ij / H_jj ,
 
@@ -24,10 +25,11 @@ from torch import Tensor
 
 from quant.grid import QuantizedTensor
 from quant.native import solving
-from quant.native.products import product
+from quant.native.products import add_product_, product
 from quant.solvers.columns import by_column, round_block
 
 _ROWS = 512  # rows at a time that are dequantized
+_SPAN, _WIDE = 4, 2048  # blocks that share a product, and inputs from which that gains time
 
 
 def sweep(
@@ -52,16 +54,31 @@ def sweep(
     for start in range(0, len(weight), _ROWS):
         rows = slice(start, start + _ROWS)
         errors[:, rows] = (weight[rows] - tensor.rows(rows).dequantize(weight.dtype)).T
-    for start in range(0, len(codes), block_size):
-        block = slice(start, min(start + block_size, len(codes)))
-        here = grids.of(block)
-        before = here.scales[here.groups] * (codes[block] - here.zeros[here.groups])
-        diagonal = hessian.diagonal()[block]
-        inverse = torch.where(diagonal > 0, 1 / diagonal, 0)  # an input never seen moves nothing
-        pulls = product(hessian[block], errors).mul_(inverse[:, None]).add_(before)
-        ratio = hessian[block, block] * inverse
-        changes, unjudged = torch.empty_like(before), before.new_zeros(2, len(before))
-        some = solving.Block(pulls, before, ratio, unjudged)
-        codes[block], _ = round_block(some, here, changes)
-        errors[block] += changes
+    diagonal = hessian.diagonal()
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0)  # an input never seen moves nothing
+    span = block_size * (_SPAN if len(codes) >= _WIDE else 1)
+    for first in range(0, len(codes), span):
+        last = min(first + span, len(codes))
+        ratio = hessian[first:last] * inverse[first:last, None]  # H_ij / H_jj at (j, i)
+        pulls = product(ratio, errors)
+        changes = torch.empty_like(pulls)
+        for start in range(0, last - first, block_size):
+            here = slice(start, min(start + block_size, last - first))
+            block = slice(first + start, first + here.stop)
+            earlier = slice(first, block.start)
+            add_product_(pulls[here], ratio[here, earlier], changes[:start])
+            codes[block] = _round(
+                pulls[here], codes[block], grids.of(block), ratio[here, block], changes[here]
+            )
+        errors[first:last] += changes
     return replace(tensor, codes=codes.T.contiguous())
+
+
+def _round(
+    pulls: Tensor, codes: Tensor, grids: solving.Grids, ratio: Tensor, changes: Tensor
+) -> Tensor:
+    """The new codes of a block of columns; fills `changes` with what that takes off its values."""
+    before = grids.scales[grids.groups] * (codes - grids.zeros[grids.groups])
+    unjudged = before.new_zeros(2, len(before))
+    block = solving.Block(pulls.add_(before), before, ratio.T, unjudged)
+    return round_block(block, grids, changes)[0]
