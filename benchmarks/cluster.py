@@ -23,13 +23,14 @@ from quant.config import QuantConfig
 from quant.group_solver import solve_group
 from quant.llama.config import LlamaConfig
 from quant.llama.model import DecoderLayer
-from quant.solvers.gptq import GPTQOptions, factor
+from quant.solvers.gptq import EFFORTS, factor
 
 FILE = Path(__file__).parents[1] / "docs" / "cluster.json"
 HIDDEN, KV, FFN, LAYERS = 8192, 1024, 28672, 80  # Llama 2 70B
 TOKENS, SEQ_LEN = 128 * 2048, 2048
 GROUPS = ((HIDDEN + 2 * KV, HIDDEN), (HIDDEN, HIDDEN), (2 * FFN, HIDDEN), (HIDDEN, FFN))
 PARAMETERS = sum(rows * inputs for rows, inputs in GROUPS)  # of a layer
+ROWS = 9  # times r n^2: columns, three energies, a refit and a sweep, as quant.workload counts them
 CORES = 64 * 0.7  # of a node, at the share of their speed that they have together
 
 
@@ -73,7 +74,7 @@ def hours(machine: Machine, count: int) -> dict[str, float]:
     layer = {
         "forward": forward / rates["forward"] / count,
         "Hessians": TOKENS * squares * 9 / 8 / rates["Hessians"] / count,
-        "rows": sum(5 * rows * inputs**2 for rows, inputs in GROUPS) / rates["rows"] / count,
+        "rows": sum(ROWS * rows * inputs**2 for rows, inputs in GROUPS) / rates["rows"] / count,
         "factors": sum(inputs**3 / 3 for _, inputs in GROUPS) / rates["factors"],
         "network": (count - 1) / count * (8 * squares + PARAMETERS) / machine.network,
         "reading": 2 * PARAMETERS / machine.disk,
@@ -104,7 +105,7 @@ def measure(hidden: int = 4096, ffn: int = 11008, tokens: int = 512, rows: int =
     _solve(few, hessian)  # the first call also starts threads
     seconds = _core_seconds(lambda: _solve(many, hessian))
     seconds -= _core_seconds(lambda: _solve(few, hessian))  # the factorization, once
-    rates["rows"] = 5 * (len(many) - len(few)) * hidden**2 / seconds
+    rates["rows"] = ROWS * (len(many) - len(few)) * hidden**2 / seconds
     return rates
 
 
@@ -115,7 +116,7 @@ def _forward(layer: DecoderLayer, x: torch.Tensor) -> None:
 
 
 def _solve(weight: torch.Tensor, hessian: Hessian) -> None:
-    solve_group([weight], hessian, QuantConfig(), GPTQOptions())
+    solve_group([weight], hessian, QuantConfig(), EFFORTS["fast"])
 
 
 def _llama(hidden: int, ffn: int) -> LlamaConfig:
