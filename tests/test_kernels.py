@@ -55,9 +55,9 @@ def test_many_rows_are_exact_integers(isa: str, width: int, bits: int) -> None:
 
 @built
 @pytest.mark.parametrize("k", [1, 3, 17, 31, 172])
-@pytest.mark.parametrize("n", [1, 3, 17, 31])
+@pytest.mark.parametrize("n", [1, 3, 17, 31, 172])
 def test_odd_sizes(isa: str, n: int, k: int) -> None:
-    for m in (1, 2, 3, 7, 8, 9, 15, 17, 70):
+    for m in (1, 2, 3, 7, 8, 9, 15, 17, 31, 70):
         qt, x = make(n, k), rows(m, k)
         agrees_with_the_model(qt, x)
         assert worst_error(cpu.matmul(x, cpu.pack(qt), "exact"), x, qt) < 1e-6
@@ -78,6 +78,20 @@ def test_columns_of_any_group(isa: str) -> None:
 def test_exact_against_float64(isa: str, m: int, width: int, bits: int) -> None:
     qt, x = make(48, 1024, width, bits), rows(m, 1024)
     assert worst_error(cpu.matmul(x, cpu.pack(qt), "exact"), x, qt) < 1e-6
+
+
+@built
+@pytest.mark.parametrize("one_zero", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_zero_above_every_code(isa: str, bits: int, one_zero: bool) -> None:
+    """Files of GPTQ's version 1 can hold it: they store the zero less one."""
+    qt, x = make(33, 256, 64, bits, one_zero), rows(3, 256)
+    zeros = torch.full_like(qt.grid.zeros, 2**bits)
+    zeros[3:5] = 2**bits if one_zero else 0
+    qt = QuantizedTensor(qt.codes, Grid(qt.grid.scales, zeros, bits))
+    agrees_with_the_model(qt, x)
+    for m in (1, 3):
+        assert worst_error(cpu.matmul(x[:m], cpu.pack(qt), "exact"), x[:m], qt) < 1e-6
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from kernel_cases import ISAS, KERN, built, make, rows, shuffled
 
 from quant import native
+from quant.grid import Grid, QuantizedTensor
 from quant.kernels import PRECISIONS, cpu
 
 
@@ -130,6 +132,26 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match="packed tensors do not belong together"):
             cpu.matmul(torch.ones(2, 128), {**packed, name: wrong})
+
+
+def test_what_cannot_be_packed() -> None:
+    qt = make(40, 96, 32)
+    codes, grid, index = qt.codes, qt.grid, torch.arange(96) // 32
+    two = Grid(grid.scales[:, :2], grid.zeros[:, :2], 4)
+    for bad, message in (
+        (QuantizedTensor(codes, replace(grid, bits=5)), "bits 5: the kernel has 2, 3, 4 and 8"),
+        (QuantizedTensor(codes[:24], grid), r"scales \(40, 3\), zeros \(40, 3\) for 24 outputs"),
+        (QuantizedTensor(codes[:, :95], grid), "95 inputs do not divide into 3 groups"),
+        (QuantizedTensor(codes, two, index), "index of 96 up to 2: 96 inputs, 2 groups"),
+        (
+            QuantizedTensor(codes, grid, index[:90]),
+            "index of 90 up to 2: 96 inputs, 3 groups",
+        ),
+        (QuantizedTensor(codes + 1, grid), "a code is 16; with 4 bits the most is 15"),
+        (QuantizedTensor(codes, replace(grid, zeros=grid.zeros + 2)), "a zero is 17; .* is 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cpu.pack(bad)
 
 
 @built

@@ -50,7 +50,11 @@ def pack(qt: QuantizedTensor) -> dict[str, Tensor]:
         extent: empty (N, K, 0).
         gather: int32 (padded K,), the input of each packed column or -1; absent where it would
             be 0..K-1.
+
+    Raises:
+        ValueError: bits other than 2, 3, 4 and 8, or parts that do not fit each other.
     """
+    _check(qt)
     out_features, in_features = qt.codes.shape
     groups = qt.grid.scales.shape[1]
     gather = _columns(qt, groups)
@@ -66,6 +70,26 @@ def pack(qt: QuantizedTensor) -> dict[str, Tensor]:
     if not torch.equal(gather, torch.arange(in_features)):
         packed["gather"] = gather.to(torch.int32)
     return packed
+
+
+def _check(qt: QuantizedTensor) -> None:
+    """Refuse what would be packed wrong. Files of GPTQ's version 1 hold zeros up to max_code + 1."""
+    (out_features, in_features), scales, zeros = qt.codes.shape, qt.grid.scales, qt.grid.zeros
+    groups, index, most_code = scales.shape[1], qt.group_index, qt.grid.max_code
+    if qt.bits not in (2, 3, 4, 8):
+        raise ValueError(f"bits {qt.bits}: the kernel has 2, 3, 4 and 8")
+    if scales.shape != zeros.shape or len(scales) != out_features:
+        grid = f"scales {tuple(scales.shape)}, zeros {tuple(zeros.shape)}"
+        raise ValueError(f"{grid} for {out_features} outputs")
+    if index is None and in_features % groups:
+        raise ValueError(f"{in_features} inputs do not divide into {groups} groups")
+    if index is not None and (len(index) != in_features or int(index.max()) >= groups):
+        read = f"group_index of {len(index)} up to {index.max()}"
+        raise ValueError(f"{read}: {in_features} inputs, {groups} groups")
+    largest = ("code", qt.codes.max(), most_code), ("zero", zeros.max(), most_code + 1)
+    for name, found, most in largest:
+        if int(found) > most:
+            raise ValueError(f"a {name} is {found}; with {qt.bits} bits the most is {most}")
 
 
 def _columns(qt: QuantizedTensor, groups: int) -> Tensor:
