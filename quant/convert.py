@@ -1,4 +1,4 @@
-"""Any float checkpoint -> a plain Hugging Face folder, one tensor in memory at a time.
+"""Any float checkpoint -> a plain Hugging Face folder, two tensors in memory at a time.
 
 Values are moved as they are, in the dtype they have. On the way tokens can be added.
 """

@@ -1,4 +1,4 @@
-"""A checkpoint -> another format, one tensor in memory at a time.
+"""A checkpoint -> another format, tensor by tensor: one is made while the one before is written.
 
 Codes, scales and zeros move as integers and float16 numbers and are never rounded again: where the
 target holds the grid the export is exact, where it does not the writer refuses, or says what it
