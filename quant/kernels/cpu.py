@@ -73,7 +73,7 @@ def pack(qt: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def _check(qt: QuantizedTensor) -> None:
-    """Refuse what would be packed wrong. Files of GPTQ's version 1 hold zeros up to max_code + 1."""
+    """Refuse what would be packed wrong. GPTQ's version 1 can hold zeros of max_code + 1."""
     (out_features, in_features), scales, zeros = qt.codes.shape, qt.grid.scales, qt.grid.zeros
     groups, index, most_code = scales.shape[1], qt.group_index, qt.grid.max_code
     if qt.bits not in (2, 3, 4, 8):
