@@ -27,11 +27,13 @@ FIXED_WINDOWS, FIXED_LAYERS = 16, 4
 RUN = """
 import json, sys, time, torch
 from quant import QuantConfig, quantize_checkpoint
+from quant.solvers.gptq import EFFORTS
 model, output, count, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 generator = torch.Generator().manual_seed(0)
 windows = torch.randint(0, 2048, (count, length), generator=generator)
 start = time.process_time()
-report = quantize_checkpoint(model, output, windows, QuantConfig(group_size=32))
+config, options = QuantConfig(group_size=32), EFFORTS["fast"]
+report = quantize_checkpoint(model, output, windows, config, options)
 print(json.dumps([time.process_time() - start, report.peak_memory_bytes]))
 """
 
