@@ -53,6 +53,7 @@ def walk(
     device: torch.device | str = "cpu",
     budget: Budget = Budget(),  # noqa: B008 - frozen
     beside: tuple[Any, HiddenStates] | None = None,
+    sink: float = 0.0,
 ) -> Iterator[Hessian]:
     """Advance the hidden states through `layer`, pausing before each group of linears.
 
@@ -65,6 +66,8 @@ def walk(
         budget: how much is computed and kept at a time.
         beside: the float layer and its own hidden states, to advance in step. The Hessians of
             q|k|v, o and gate|up then hold a drift, those of o and down a lag.
+        sink: in the Hessian of q|k|v, each window's first token counts this share of its tokens
+            more than once.
 
     Yields:
         The Hessian of the input of q|k|v, of o, of gate|up and of down, in that order.
@@ -77,6 +80,9 @@ def walk(
         for batch, x in inputs:
             original = None if originals is None else next(originals)[1]
             of_batch = None if mask is None else mask[batch]
+            if index == 0:
+                for seen in (x, original):
+                    _raise_first(seen, of_batch, 1 + sink * states.tokens)
             hessian.add(x, of_batch, None if index == _DOWN else original)
             if beside is not None and index in _RESIDUAL:
                 behind = _behind(states, beside[1], _RESIDUAL[index], batch)
@@ -86,6 +92,13 @@ def walk(
         yield hessian
         del hessian  # the caller may have let it go; the next one is made in its room
     deque(others, maxlen=0)
+
+
+def _raise_first(x: Tensor | None, mask: Tensor | None, count: float) -> None:
+    """Let the first token of each window of x (windows, tokens, features) count so many times."""
+    if x is not None and count > 1:
+        first = 0 if mask is None else mask.int().argmax(1)
+        x[torch.arange(len(x)), first] *= count**0.5
 
 
 def _behind(states: HiddenStates, original: HiddenStates, buffer: str, batch: slice) -> Tensor:

@@ -93,7 +93,8 @@ def _decoder_layers(
         layer = _build(run, reader.take(index), prefix)
         done: list[LinearReport] = []
         beside = None if originals is None else (copy.deepcopy(layer), originals)
-        walking = walk(layer, states, mask, run.device, run.options.budget, beside)
+        sink = getattr(run.solver, "sink", 0.0)
+        walking = walk(layer, states, mask, run.device, run.options.budget, beside, sink)
         for group in LINEAR_GROUPS:
             hessian = next(walking)
             if group == _MLP_INPUTS:

@@ -102,6 +102,33 @@ def test_walk_computes_the_layer_and_sees_replaced_weights(
         assert torch.allclose(seen[group[0]].double(), x.T @ x, rtol=1e-3, atol=1e-1)
 
 
+def test_a_sink_raises_the_first_token_of_each_window_for_qkv_alone() -> None:
+    """By a literal sum in float64: the first token that is not padding, in H and in the drift."""
+    layer = DecoderLayer(LlamaConfig(64, 32, 48, 1, 4, 2, 8)).requires_grad_(False)
+    hidden, other = torch.randn(3, 50, 32), torch.randn(3, 50, 32)
+    mask = torch.arange(50) >= torch.tensor([0, 7, 49])[:, None]
+
+    def walked(sink: float) -> list[Hessian]:
+        mine, theirs = (HiddenStates(3, 50, 32) for _ in range(2))
+        mine.set_windows(hidden.clone())
+        theirs.set_windows(other.clone())
+        return list(capture.walk(layer, mine, mask, beside=(layer, theirs), sink=sink))
+
+    plain, raised = walked(0.0), walked(0.2)
+    x, y = (layer.input_layernorm(h).double() for h in (hidden, other))
+    counts = torch.ones(3, 50, 1, dtype=torch.float64)
+    for window, first in enumerate((0, 7, 49)):
+        counts[window, first] = 1 + 0.2 * 50
+    weighed = (counts * x)[mask]
+    assert torch.allclose(raised[0].matrix.double(), weighed.T @ x[mask], rtol=1e-5, atol=1e-4)
+    drift = (y - x)[mask].T @ weighed
+    assert raised[0].drift is not None
+    assert torch.allclose(raised[0].drift.double(), drift, rtol=1e-5, atol=1e-4)
+    assert raised[0].tokens == plain[0].tokens == int(mask.sum())
+    for one, same in zip(raised[1:], plain[1:], strict=True):
+        assert torch.equal(one.matrix, same.matrix)
+
+
 def test_stdlib_split_is_by_name() -> None:
     names = [name for name, _ in stdlib.modules()]
     held_out = [name for name in names if stdlib.is_held_out(name)]

@@ -56,6 +56,9 @@ class GPTQOptions:
         target: how far to aim at the float model's outputs rather than at the weights, 0 to 1; 0
             is off. Used by the pipeline, see quant.solvers.target.
         residual: the same of o_proj and down_proj and the float model's residual stream.
+        sink: how much more often the first token of a window counts for q, k and v than any other,
+            as a share of the window's tokens, since most attention goes to it; 0 is once. Used by
+            the pipeline, see calib.capture.
         sweeps: passes of coordinate descent over the finished codes, see quant.solvers.sweeps.
         refits: of these, how many begin with scales refit to the codes, see quant.solvers.refit.
         tuning: passes over the windows in which scales and norms are tuned at the end; 0 is none.
@@ -68,6 +71,7 @@ class GPTQOptions:
     scales: str = "weighted"
     target: float = 0.0
     residual: float = 0.0
+    sink: float = 0.0
     sweeps: int = 0
     refits: int = 0
     tuning: int = 0
@@ -77,7 +81,7 @@ class GPTQOptions:
             raise ValueError(
                 f"scales {self.scales!r} is unknown; choose one of {', '.join(SCALES)}"
             )
-        for name in ("target", "residual"):
+        for name in ("target", "residual", "sink"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} is out of range; 0 <= {name} <= 1")
         if not 0 <= self.refits <= self.sweeps:
@@ -98,8 +102,8 @@ class GPTQOptions:
         return self.target > 0 or self.residual > 0
 
 
-_FAST = GPTQOptions(scales="signed", sweeps=1, refits=1)
-_BALANCED = replace(_FAST, target=0.5, residual=0.5)
+_FAST = GPTQOptions(scales="signed", sink=0.2, sweeps=1, refits=1)
+_BALANCED = replace(_FAST, sink=0.0, target=0.5, residual=0.5)  # a target needs no sink
 EFFORTS = {"fast": _FAST, "balanced": _BALANCED, "max": replace(_BALANCED, tuning=2)}
 
 
