@@ -29,7 +29,7 @@ from quant.layer_inputs import advance_float, embed, empty_states
 from quant.layer_reader import LINEARS, LayerReader, build_layer, plain_tensors
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer, RMSNorm
-from quant.machine import peak_memory_bytes
+from quant.machine import peak_memory_bytes, return_memory
 from quant.report import LayerReport, LinearReport
 from quant.run_options import RunOptions, Step
 from quant.verification import digest
@@ -111,6 +111,7 @@ def _decoder_layers(
         report = LayerReport(str(index), tuple(done), round(seconds, 3), peak_memory_bytes())
         run.journal.commit_later(asdict(report), run.digests, states)
         run.digests = {}
+        return_memory()
 
 
 def _build(run: Run, tensors: dict[str, Tensor], prefix: str) -> DecoderLayer:

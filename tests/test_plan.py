@@ -113,6 +113,25 @@ print(subprocess.check_output([sys.executable, "-c", {child!r}], text=True))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak may be the parent's")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is resident")
+def test_freed_memory_is_given_back() -> None:
+    """Pieces freed below one that stays are kept by glibc until it is asked."""
+    child = """
+from pathlib import Path
+from quant.machine import return_memory
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+pieces = [bytes([1]) * 50_000 for _ in range(4000)]
+stays = bytes([1]) * 50_000
+del pieces
+kept = resident()
+return_memory()
+print(kept - resident())
+"""
+    told = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
+    if os.confstr("CS_GNU_LIBC_VERSION"):
+        assert int(told.stdout) > 100e6
+
+
 def test_memory_does_not_grow_with_layers(make_checkpoint: Make, tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 1536}
     peaks = []
