@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -184,16 +185,18 @@ def test_missing_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["wikitext2", "c4"])
 def test_a_source_without_network_names_the_way_out(
-    monkeypatch: pytest.MonkeyPatch, name: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     import datasets
 
     def offline(*args: object, **kwargs: object) -> None:
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(ValueError, match=f"{name}: cannot be downloaded .*give a local"):
         list(SOURCES[name]())
+    assert not caplog.records  # no line for each retry
 
 
 def test_one_line_of_advice_for_a_poor_choice() -> None:

@@ -1,10 +1,12 @@
-"""C4: the first English training shard, as the GPTQ paper calibrates on, through Hugging Face
-`datasets`.
-"""
+"""C4: the first English training shard, as the GPTQ paper calibrates on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+from calib.sources.downloads import texts
+
+_SHARD = {"train": "en/c4-train.00000-of-01024.json.gz"}
 
 
 def documents() -> Iterator[str]:
@@ -13,14 +15,5 @@ def documents() -> Iterator[str]:
     Raises:
         ValueError: it cannot be downloaded.
     """
-    from datasets import load_dataset
-
-    file = "en/c4-train.00000-of-01024.json.gz"
-    try:
-        rows = load_dataset("allenai/c4", data_files={"train": file}, split="train", streaming=True)
-        yield from (row["text"] for row in rows)
-    except Exception as error:  # no network shows as any of a dozen types
-        raise ValueError(
-            f"c4: cannot be downloaded ({type(error).__name__}); give a local .jsonl, .parquet "
-            "or .txt file instead"
-        ) from error
+    instead = "a .jsonl, .parquet or .txt file"
+    yield from texts("c4", instead, "allenai/c4", data_files=_SHARD, split="train", streaming=True)
