@@ -15,7 +15,7 @@ from quant.added_tokens import NewTokens, add_to_tokenizer, grow
 from quant.checkpoint import CheckpointReader, read_json
 from quant.formats import FORMATS
 from quant.llama.config import LlamaConfig
-from quant.output import whole_folder
+from quant.output import refuse_overlap, whole_folder
 from quant.sources import meta, open_checkpoint
 from quant.stream_writer import StreamWriter
 
@@ -36,8 +36,9 @@ def convert(
 
     Raises:
         ValueError: `source` is quantized, damaged, or no Llama; or a token cannot be added.
-        FileExistsError: `target` exists.
+        FileExistsError: `target` exists and is not to be, or cannot be, replaced.
     """
+    refuse_overlap(source, target)
     reader = open_float(source)
     with whole_folder(Path(target), overwrite) as folder, torch.inference_mode():
         reader.copy_companions(folder)

@@ -26,7 +26,7 @@ from quant.formats import FORMATS, autogptq, compressed_tensors, float_folder, g
 from quant.formats.gguf_vocabulary import vocabulary
 from quant.grid import QuantizedTensor
 from quant.llama.config import LlamaConfig
-from quant.output import whole_file, whole_folder
+from quant.output import refuse_overlap, whole_file, whole_folder
 from quant.report import FILE_NAME as REPORT
 from quant.sources import open_checkpoint
 from quant.stream_writer import StreamWriter
@@ -128,12 +128,13 @@ def export(
     Raises:
         ValueError: the target cannot hold the grid of a tensor, which is named; no such target; or
             `source` is damaged.
-        FileExistsError: `target` exists.
+        FileExistsError: `target` exists and is not to be, or cannot be, replaced.
     """
     if to not in TARGETS:
         raise ValueError(f"cannot export to {to!r}; there are {', '.join(TARGETS)}")
     if head != "f16" and to != "gguf":
         raise ValueError(f"--head {head} is for gguf; {to} keeps embedding and head as they are")
+    refuse_overlap(source, target)
     start, opened = time.perf_counter(), Source.open(Path(source))
     whole = whole_file if to == "gguf" else whole_folder
     with whole(Path(target), overwrite) as place, torch.inference_mode():

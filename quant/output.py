@@ -14,9 +14,9 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into, renamed to `path` when the block ends well, else removed.
 
     Raises:
-        FileExistsError: `path` exists and `overwrite` is False.
+        FileExistsError: `path` exists and `overwrite` is False, or is no checkpoint folder.
     """
-    refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite, folder=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -37,9 +37,9 @@ def whole_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A file name to write to, renamed to `path` when the block ends well, else removed.
 
     Raises:
-        FileExistsError: `path` exists and `overwrite` is False, or is a folder.
+        FileExistsError: `path` exists and `overwrite` is False, or is no GGUF file.
     """
-    refuse_existing(path, overwrite and not path.is_dir())
+    refuse_existing(path, overwrite, folder=False)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -49,17 +49,52 @@ def whole_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise FileExistsError if `path` exists and may not be replaced."""
-    if obstacle := existing(path, overwrite):
+def refuse_overlap(source: str | Path, path: str | Path) -> None:
+    """Refuse an output that would replace, hold or lie within what it is made from.
+
+    Raises:
+        FileExistsError: `path` is `source`, contains it, or is inside it.
+    """
+    read, made = Path(source).resolve(), Path(path).resolve()
+    relation = "is" if made == read else "contains" if made in read.parents else "is inside"
+    if made == read or made in read.parents or read in made.parents:
+        raise FileExistsError(
+            f"{path}: {relation} the checkpoint to read ({source}); choose an output outside of it"
+        )
+
+
+def refuse_existing(path: Path, overwrite: bool, folder: bool) -> None:
+    """Raise FileExistsError if `path` exists and may not be replaced by a file, or a folder."""
+    if obstacle := existing(path, overwrite, folder):
         raise FileExistsError(obstacle)
 
 
-def existing(path: Path, overwrite: bool) -> str:
-    """What to say where `path` exists and may not be replaced, else ""."""
-    if not path.exists() or overwrite:
+def existing(path: Path, overwrite: bool, folder: bool) -> str:
+    """What to say where `path` exists and may not be replaced by a folder, or a file, else ""."""
+    if not path.exists():
         return ""
-    return f"{path}: exists already; choose another --output or pass --overwrite"
+    if not overwrite:
+        return f"{path}: exists already; choose another --output or pass --overwrite"
+    if found := _foreign(path, folder):
+        return f"{path}: {found}; --overwrite leaves it alone, choose another output"
+    return ""
+
+
+def _foreign(path: Path, folder: bool) -> str:
+    """What makes `path` something else than a checkpoint folder or a GGUF file; "" for nothing, and
+    for what is empty.
+    """
+    if path.is_dir() != folder:
+        kinds = ("a file", "a folder")
+        return f"is {kinds[not folder]} where {kinds[folder]} is to be made"
+    if folder:
+        names = sorted(file.name for file in path.iterdir())
+        if not names or "config.json" in names:
+            return ""
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"holds {', '.join(names[:3])}{more} and no config.json, so is no checkpoint"
+    with path.open("rb") as file:
+        return "" if file.read(4) in (b"GGUF", b"") else "is a file that is not GGUF"
 
 
 def remember(path: Path) -> None:

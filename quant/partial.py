@@ -28,10 +28,11 @@ def partial_folder(path: Path, resume: bool = False, overwrite: bool = False) ->
         overwrite: replace `path`, and throw away the folder of an earlier run unless resumed.
 
     Raises:
-        FileExistsError: `path`, or the folder of an earlier run, exists.
+        FileExistsError: `path`, or the folder of an earlier run, exists; or `path` is no
+            checkpoint.
         BlockingIOError: another process works on the same output.
     """
-    refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite, folder=True)
     partial = partial_path(path)
     partial.mkdir(parents=True, exist_ok=True)
     lock = _lock(partial, path)

@@ -37,6 +37,7 @@ from quant.layer_loop import Run, copy_plain, layers
 from quant.layer_reader import DamagedLayer, check_plain
 from quant.llama.config import LlamaConfig
 from quant.model_card import write_card
+from quant.output import refuse_overlap
 from quant.partial import kept, partial_folder
 from quant.report import LayerReport, Report
 from quant.report_page import write_page
@@ -72,11 +73,12 @@ def quantize_checkpoint(
     Raises:
         ValueError: the checkpoint, settings or windows do not fit; a tensor or activation is not
             finite.
-        FileExistsError: `output` exists, or an earlier run that stopped.
+        FileExistsError: `output` exists, or an earlier run that stopped; or it is `model`.
         BlockingIOError: another process works on the same output.
         OSError: the disk is full; what is finished stays, and `resume` continues it.
     """
     start, output = time.perf_counter(), Path(output)
+    refuse_overlap(model, output)
     reader, llama = open_float(Path(model))
     check_shapes(llama, config)
     check_plain(reader, llama)

@@ -69,7 +69,7 @@ def quantize(
     """Quantize a float checkpoint, layer by layer, into a folder that GPTQ readers load."""
     from quant.config import QuantConfig
     from quant.loader import resolve_device
-    from quant.output import existing, refuse_existing
+    from quant.output import existing, refuse_existing, refuse_overlap
     from quant.pipeline import open_float
     from quant.plan import fit_memory, job_of, parse_size
     from quant.publishing import check_push
@@ -82,8 +82,9 @@ def quantize(
     config = _grid(llama, QuantConfig(bits, group_size, sym), lm_head_bits, target)
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
     output = output or Path(f"{_name(model)}-w{bits}-{group}")
+    refuse_overlap(model, output)
     if not plan:
-        refuse_existing(output, overwrite)
+        refuse_existing(output, overwrite, folder=True)
     solver_options = _solver_options(solver, effort, act_order, damp)
     length = seq_len or min(2048, llama.max_position_embeddings)
     sources = calib or ["stdlib"]
@@ -99,7 +100,7 @@ def quantize(
         job = fit_memory(job, parse_size(max_memory), output.absolute().parent)
     forecast = distributed.from_first(lambda: _forecast(job, output))
     if plan:
-        if obstacle := existing(output, overwrite):
+        if obstacle := existing(output, overwrite, folder=True):
             print(f"note: {obstacle}")
     else:
         places = (resolve_device(device), overwrite, resume, job.storage, job.budget)
