@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights may be
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,16 @@ class CheckpointReader(Protocol):
     def copy_companions(self, folder: Path) -> None:
         """Write tokenizer and generation files, as Hugging Face names them, into a folder."""
         ...
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a weight's dtype is none that is computed with, as float8 and int8."""
+    if tensor.dtype not in FLOATS:
+        *some, last = (str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise ValueError(
+            f"{name}: is {str(tensor.dtype).removeprefix('torch.')} in the file; weights must be "
+            f"{', '.join(some)} or {last}"
+        )
 
 
 def coarse_linear(reader: CheckpointReader) -> str:

@@ -30,7 +30,7 @@ class QuantConfig:
     modules: tuple[tuple[str, QuantConfig], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:
             raise ValueError(
                 f"bits {self.bits} is not supported; choose one of {', '.join(map(str, BITS))}"
             )

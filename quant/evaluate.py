@@ -87,8 +87,13 @@ def evaluate(
 
     Raises:
         ValueError: the text is shorter than one window, holds ids outside the vocabulary, or a
-            model's logits are not finite.
+            model's logits are not finite; or the reference has another vocabulary.
     """
+    if reference is not None and reference.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"reference: has a vocabulary of {reference.config.vocab_size}, the model one of "
+            f"{model.config.vocab_size}; give the float checkpoint that it was made from"
+        )
     windows = _windows(ids, window, model.config.vocab_size).to(
         model.model.embed_tokens.weight.device
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quant.background import background_thread
-from quant.checkpoint import CheckpointReader
+from quant.checkpoint import CheckpointReader, check_float
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 
@@ -16,8 +16,8 @@ LINEARS = frozenset(name for group in LINEAR_GROUPS for name in group)
 
 
 class DamagedLayer(ValueError):
-    """A tensor of a layer is missing, damaged, of another shape than config.json says, or not
-    finite.
+    """A tensor of a layer is missing, damaged, of another shape than config.json says, of a dtype
+    that weights have not, or not finite.
     """
 
 
@@ -99,8 +99,9 @@ def _read(reader: CheckpointReader, llama: LlamaConfig, index: int) -> dict[str,
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a tensor that does not fit or is not finite."""
+    """Refuse a tensor that does not fit, is of integers or 8-bit floats, or is not finite."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: shape {tuple(tensor.shape)} in the file, {shape} by config.json")
+    check_float(name, tensor)
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: holds NaN or inf; the checkpoint is damaged")

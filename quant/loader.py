@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quant.checkpoint import CheckpointReader
+from quant.checkpoint import CheckpointReader, check_float
 from quant.formats import FORMATS
 from quant.grid import QuantizedTensor
 from quant.kernels import choose
@@ -22,6 +22,8 @@ from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, MERGED_NAMES, Linear, Llama
 from quant.llama.tokenizer import Tokenizer
 from quant.sources import open_checkpoint, open_tokenizer
+
+_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
 def load_quantized(
@@ -72,9 +74,11 @@ def load_model(
     precision: str = "high",
 ) -> Llama:
     """Load a float or quantized checkpoint; arguments and errors as in `load_quantized`."""
+    place = torch.device(resolve_device(device))
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported; there are {', '.join(_DTYPES)}")
     reader = open_checkpoint(path)
     config = LlamaConfig.from_dict(reader.config)
-    place = torch.device(resolve_device(device))
     with torch.device("meta"):
         model = Llama(config)
     linears = _QuantLinears(model, choose(place, backend), place, precision)
@@ -86,9 +90,8 @@ def load_model(
         if isinstance(value, QuantizedTensor):
             linears.add(name, value)
         elif not name.endswith("rotary_emb.inv_freq"):
-            _put_plain(
-                model, name, value if dtype == "auto" else value.to(getattr(torch, dtype)), place
-            )
+            stored = None if dtype == "auto" else getattr(torch, dtype)
+            _put_plain(model, name, value, place, stored)
     linears.attach()
     if config.tie_word_embeddings:
         model.tie()
@@ -101,7 +104,13 @@ def load_model(
 
 
 def resolve_device(device: str) -> str:
-    """ "auto" becomes "cuda" where torch sees a GPU, else "cpu"."""
+    """ "auto" becomes "cuda" where torch sees a GPU, else "cpu".
+
+    Raises:
+        ValueError: no such device, or torch sees no GPU.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {device!r} is not supported; there are auto, cpu and cuda")
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -109,8 +118,12 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def _put_plain(model: Llama, name: str, tensor: Tensor, device: torch.device) -> None:
-    """Assign a tensor to the parameter of that name, after checking its shape."""
+def _put_plain(
+    model: Llama, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Assign a tensor to the parameter of that name, after checking its shape and dtype; it is
+    stored as `dtype`, or as it is.
+    """
     module_name, _, attribute = name.rpartition(".")
     try:
         module = model.get_submodule(module_name)
@@ -120,14 +133,15 @@ def _put_plain(model: Llama, name: str, tensor: Tensor, device: torch.device) ->
             f"{name}: the checkpoint has a tensor that a Llama of this config.json has not"
         ) from None
     known = isinstance(expected, Tensor) or (attribute == "bias" and expected is None)
-    if not known or not tensor.is_floating_point():
+    if not known:
         raise ValueError(f"{name}: a tensor of {tensor.dtype} is not what a Llama has there")
+    check_float(name, tensor)
     if isinstance(expected, Tensor) and expected.shape != tensor.shape:
         raise ValueError(
             f"{name}: shape {tuple(tensor.shape)} in the file, {tuple(expected.shape)} by "
             "config.json; one is wrong"
         )
-    setattr(module, attribute, nn.Parameter(tensor.to(device), requires_grad=False))
+    setattr(module, attribute, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
 
 
 _GROUP_OF = {

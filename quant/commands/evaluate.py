@@ -33,7 +33,9 @@ Data = Annotated[
 Window = Annotated[
     int | None,
     typer.Option(
-        help="Tokens per window. Default: 2048, or the model's limit.", rich_help_panel=INPUT
+        help="Tokens per window. Default: 2048, or the model's limit.",
+        rich_help_panel=INPUT,
+        min=2,
     ),
 ]
 Json = Annotated[

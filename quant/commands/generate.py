@@ -33,6 +33,12 @@ def generate(
     precision: Precision = "high",
 ) -> None:
     """Continue a text."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"prompt {prompt[:40]!a}: character {error.start + 1} is not UTF-8; give UTF-8 text"
+        ) from None
     from quant.llama import generate as generation
     from quant.loader import load_model
     from quant.output import last_output

@@ -76,8 +76,9 @@ def quantize(
     from quant.publishing import push as push_folder
     from quant.run_options import RunOptions
 
-    if push and distributed.rank() == 0:
+    if push is not None and distributed.rank() == 0:
         check_push(push)
+    device = resolve_device(device)
     reader, llama = open_float(model)
     config = _grid(llama, QuantConfig(bits, group_size, sym), lm_head_bits, target)
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
@@ -103,7 +104,7 @@ def quantize(
         if obstacle := existing(output, overwrite, folder=True):
             print(f"note: {obstacle}")
     else:
-        places = (resolve_device(device), overwrite, resume, job.storage, job.budget)
+        places = (device, overwrite, resume, job.storage, job.budget)
         run_options = RunOptions(*places, forecast=forecast, data=told)
         _run(model, output, windows, config, solver_options, run_options)
     if push and not plan and distributed.rank() == 0:

@@ -57,11 +57,13 @@ Calibration = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
-Samples = Annotated[int, typer.Option(help="Windows of text.", rich_help_panel=CALIBRATION)]
+Samples = Annotated[int, typer.Option(help="Windows of text.", rich_help_panel=CALIBRATION, min=1)]
 Length = Annotated[
     int | None,
     typer.Option(
-        help="Tokens per window. Default: 2048, or the model's limit.", rich_help_panel=CALIBRATION
+        help="Tokens per window. Default: 2048, or the model's limit.",
+        rich_help_panel=CALIBRATION,
+        min=2,
     ),
 ]
 Seed = Annotated[

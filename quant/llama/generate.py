@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -27,9 +28,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(
-                f"temperature {self.temperature} is negative; use 0 for the most likely token"
+                f"temperature {self.temperature} is out of range; it is a finite number from 0, "
+                "which takes the most likely token"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(
