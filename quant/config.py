@@ -72,12 +72,3 @@ class QuantConfig:
     def width(self, in_features: int) -> int:
         """Input channels per group of a linear: group_size, or all of them for -1."""
         return in_features if self.group_size == -1 else self.group_size
-
-    def check(self, name: str, in_features: int) -> None:
-        """Raise ValueError if the groups do not divide the linear called `name`."""
-        if in_features % self.width(in_features):
-            raise ValueError(
-                f"{name}: in_features {in_features} is not divisible by group_size "
-                f"{self.group_size}; "
-                "choose 64 or 32, or -1 for one group per row"
-            )

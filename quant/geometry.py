@@ -10,6 +10,8 @@ from quant.config import QuantConfig
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 
+_USUAL = (128, 64, 32)  # group sizes
+
 
 def check_shapes(llama: LlamaConfig, config: QuantConfig) -> None:
     """Refuse, before any work, a geometry that the grids or the packed format cannot hold.
@@ -29,12 +31,25 @@ def check_shapes(llama: LlamaConfig, config: QuantConfig) -> None:
                 f"{name}: shape ({out_features}, {in_features}) cannot be packed; "
                 "the GPTQ format needs multiples of 32"
             )
-        grids[name].check(name, in_features)
+        _check_group(name, in_features, grids[name], {width for _, width in shapes.values()})
     for layer in range(llama.num_hidden_layers if config.modules else 0):
         for group in LINEAR_GROUPS:
             names = [f"model.layers.{layer}.{name}" for name in group]
             if len({config.of(name) for name in names}) > 1:
                 raise ValueError(f"{', '.join(names)}: share an input and need the same grid")
+
+
+def _check_group(name: str, in_features: int, config: QuantConfig, widths: set[int]) -> None:
+    """Raise ValueError if the groups do not divide a linear; with the usual sizes that divide the
+    `widths` of all.
+    """
+    if in_features % config.width(in_features):
+        sizes = [size for size in _USUAL if all(width % size == 0 for width in widths)]
+        raise ValueError(
+            f"{name}: in_features {in_features} is not divisible by group_size "
+            f"{config.group_size}; choose {''.join(f'{size}, ' for size in sizes)}or -1 for one "
+            "group per row"
+        )
 
 
 def stored_bytes(
@@ -75,16 +90,11 @@ def _shape(name: str, llama: LlamaConfig, kinds: dict[str, tuple[int, int]]) -> 
     return kinds[kind]
 
 
-def fitting_group_size(llama: LlamaConfig, group_size: int) -> int:
-    """The group size asked for where it divides every linear, else 64 or 32 where one of these
-    does.
-    """
+def usual_group_size(llama: LlamaConfig) -> int:
+    """128 where it divides every linear, else 64 or 32 where one of these does."""
     widths = {in_features for _, in_features in linear_shapes(llama).values()}
-    smaller = [size for size in (64, 32) if size < group_size]
-    for size in (group_size, *smaller):
-        if size == -1 or (size > 0 and all(width % size == 0 for width in widths)):
-            return size
-    return group_size  # check_shapes names the linear that it does not divide
+    sizes = (size for size in _USUAL if all(width % size == 0 for width in widths))
+    return next(sizes, _USUAL[0])  # check_shapes names the linear that it does not divide
 
 
 def linear_shapes(llama: LlamaConfig) -> dict[str, tuple[int, int]]:

@@ -10,7 +10,7 @@ from quant.checkpoint import CheckpointReader, StoredType, coarse_linear, module
 from quant.config import QuantConfig
 from quant.formats import FORMATS
 from quant.formats.gguf_vocabulary import vocabulary
-from quant.geometry import fitting_group_size, linear_shapes
+from quant.geometry import linear_shapes, usual_group_size
 from quant.llama.config import LlamaConfig
 from quant.packing import unpack
 from quant.plan import job_of, make_plan
@@ -158,7 +158,7 @@ def _gguf_obstacle(reader: CheckpointReader, llama: LlamaConfig) -> str:
 
 def _cost(reader: CheckpointReader, llama: LlamaConfig) -> dict[str, str]:
     """What quantizing with the defaults takes."""
-    config = QuantConfig(4, fitting_group_size(llama, 128))
+    config = QuantConfig(4, usual_group_size(llama))
     windows = (128, min(2048, llama.max_position_embeddings))
     plan = make_plan(job_of(reader, llama, config, windows, EFFORTS["balanced"]))
     return {

@@ -39,6 +39,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "samples": ([*QUANTIZE, "--samples", "0"], "Invalid value for '--samples'"),
     "seq-len": ([*QUANTIZE, "--seq-len", "0"], "Invalid value for '--seq-len'"),
     "window": (["eval", "--model", "tiny", "--window", "0"], "Invalid value for '--window'"),
+    "group": (
+        [*QUANTIZE, "--group-size", "1024"],
+        "in_features 128 is not divisible by group_size 1024; choose 64, 32, or -1",
+    ),
     "push": ([*QUANTIZE, "--push", ""], "--push"),
 }
 
@@ -66,7 +70,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_value_is_refused(
     make_checkpoint: Make, here: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
-    make_checkpoint("tiny")
+    make_checkpoint("tiny", intermediate_size=192)
     if case == "reference":
         make_checkpoint("other", vocab_size=2112)
     before = sorted(here.iterdir())

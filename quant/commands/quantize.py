@@ -49,7 +49,7 @@ def quantize(
     target: Target = None,
     push: Push = None,
     bits: Bits = 4,
-    group_size: GroupSize = 128,
+    group_size: GroupSize = None,
     sym: Symmetric = True,
     lm_head_bits: HeadBits = None,
     calib: Calibration = None,
@@ -80,7 +80,8 @@ def quantize(
         check_push(push)
     device = resolve_device(device)
     reader, llama = open_float(model)
-    config = _grid(llama, QuantConfig(bits, group_size, sym), lm_head_bits, target)
+    size = _usual_group_size(llama) if group_size is None else group_size
+    config = _grid(llama, QuantConfig(bits, size, sym), lm_head_bits, target)
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
     output = output or Path(f"{_name(model)}-w{bits}-{group}")
     refuse_overlap(model, output)
@@ -120,7 +121,6 @@ def _grid(llama: Any, config: Any, lm_head_bits: int | None, target: str | None)
     """The grids of all linears, which the model, the format and the target runtime can have."""
     from quant.geometry import check_shapes
 
-    config = _fitting(llama, config)
     if lm_head_bits is not None:
         config = replace(config, modules=(("lm_head", replace(config, bits=lm_head_bits)),))
     check_shapes(llama, config)
@@ -129,17 +129,14 @@ def _grid(llama: Any, config: Any, lm_head_bits: int | None, target: str | None)
     return config
 
 
-def _fitting(llama: Any, config: Any) -> Any:
-    """The config with a group size that divides every linear; says so if it is another one."""
-    from quant.geometry import fitting_group_size
+def _usual_group_size(llama: Any) -> int:
+    """128, or what divides every linear; says so if it is another one."""
+    from quant.geometry import usual_group_size
 
-    size = fitting_group_size(llama, config.group_size)
-    if size != config.group_size:
-        print(
-            f"group size {config.group_size} does not divide every linear of this model; "
-            f"using {size}"
-        )
-    return replace(config, group_size=size)
+    size = usual_group_size(llama)
+    if size != 128:
+        print(f"group size 128 does not divide every linear of this model; using {size}")
+    return size
 
 
 def _check_target(target: str, llama: Any, config: Any) -> None:

@@ -28,11 +28,12 @@ Overwrite = Annotated[
 ]
 Bits = Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.", rich_help_panel=GRID)]
 GroupSize = Annotated[
-    int,
+    int | None,
     typer.Option(
-        help="Inputs per scale: a multiple of 32, or -1 for one scale per row. Where 128 does not "
-        "divide, 64 or 32 is taken.",
+        help="Inputs per scale: a multiple of 32, or -1 for one scale per row. Default: 128, and "
+        "64 or 32 where that does not divide.",
         rich_help_panel=GRID,
+        show_default=False,
     ),
 ]
 HeadBits = Annotated[
