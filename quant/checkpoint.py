@@ -52,6 +52,14 @@ class CheckpointReader(Protocol):
         """
         ...
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the file's header.
+
+        Raises:
+            ValueError: as in `tensor`.
+        """
+        ...
+
     def stored_types(self) -> dict[str, StoredType]:
         """Of every tensor, in files that have types beside torch's; {} of others."""
         ...

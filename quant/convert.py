@@ -14,6 +14,7 @@ import torch
 from quant.added_tokens import NewTokens, add_to_tokenizer, grow
 from quant.checkpoint import CheckpointReader, read_json
 from quant.formats import FORMATS
+from quant.layer_reader import check_headers
 from quant.llama.config import LlamaConfig
 from quant.output import refuse_overlap, whole_folder
 from quant.sources import meta, open_checkpoint
@@ -76,12 +77,13 @@ def _with_tokens(folder: Path, config: dict[str, Any], new: NewTokens) -> dict[s
 def open_float(source: str | Path) -> CheckpointReader:
     """An opened float checkpoint; ValueError for a quantized one."""
     reader = open_checkpoint(source)
-    LlamaConfig.from_dict(reader.config)
+    llama = LlamaConfig.from_dict(reader.config)
     form = next((name for name, form in FORMATS.items() if form.matches(reader)), None)
     if form:
         raise ValueError(
             f"{source}: is quantized ({form}); for another format run: python cli.py export"
         )
+    check_headers(reader, llama)
     return reader
 
 

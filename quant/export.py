@@ -25,6 +25,7 @@ from quant.config import QuantConfig
 from quant.formats import FORMATS, autogptq, compressed_tensors, float_folder, gguf
 from quant.formats.gguf_vocabulary import vocabulary
 from quant.grid import QuantizedTensor
+from quant.layer_reader import check_headers
 from quant.llama.config import LlamaConfig
 from quant.output import refuse_overlap, whole_file, whole_folder
 from quant.report import FILE_NAME as REPORT
@@ -51,7 +52,10 @@ class Source:
         reader = open_checkpoint(path)
         form = next((form for form in FORMATS.values() if form.matches(reader)), None)
         config = form.quant_config(reader) if form else None
-        return cls(reader, LlamaConfig.from_dict(reader.config), form, config)
+        llama = LlamaConfig.from_dict(reader.config)
+        if form is None:
+            check_headers(reader, llama)
+        return cls(reader, llama, form, config)
 
     @property
     def name(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from concurrent.futures import Future
 
 import torch
@@ -59,6 +61,28 @@ def plain_tensors(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes if llama.tie_word_embeddings else {**shapes, "lm_head.weight": matrix}
 
 
+def check_headers(reader: CheckpointReader, llama: LlamaConfig) -> None:
+    """Compare the names and shapes of all tensors with config.json, before any of them is read.
+
+    Raises:
+        ValueError: a tensor is missing, or has another shape; or the file has more layers.
+    """
+    numbers = (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in reader.names())
+    layers = max((int(number[1]) + 1 for number in numbers if number), default=0)
+    if layers > llama.num_hidden_layers:
+        raise ValueError(
+            f"{reader.path}: has tensors of {layers} layers, but num_hidden_layers in config.json "
+            f"is {llama.num_hidden_layers}; correct one of them"
+        )
+    expected = plain_tensors(llama)
+    for index in range(llama.num_hidden_layers):
+        prefix = f"model.layers.{index}."
+        expected |= {prefix + name: shape for name, shape in _layer_shapes(llama).items()}
+    for name, shape in expected.items():
+        _check_shape(f"{reader.path}: {name}", reader.shape(name), shape)
+    reader.release()
+
+
 def check_plain(reader: CheckpointReader, llama: LlamaConfig) -> None:
     """Refuse damage to what no layer reads, before the hours that the layers may take.
 
@@ -85,23 +109,36 @@ def _read(reader: CheckpointReader, llama: LlamaConfig, index: int) -> dict[str,
     """One layer. Tensors are copied out of the mapped files, which are closed each time: mapped
     pages count as memory for as long as they are open.
     """
-    with torch.device("meta"):
-        expected = {name: empty.shape for name, empty in DecoderLayer(llama).state_dict().items()}
     tensors = {}
-    for name, shape in expected.items():
+    for name, shape in _layer_shapes(llama).items():
         full = f"model.layers.{index}.{name}"
         tensor = reader.tensor(full)
-        _check(full, tensor, tuple(shape))
+        _check(full, tensor, shape)
         tensors[name] = tensor.clone()
         del tensor
         reader.release()
     return tensors
 
 
+@functools.cache
+def _layer_shapes(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's tensors, by their name within it."""
+    with torch.device("meta"):
+        state = DecoderLayer(llama).state_dict()
+    return {name: tuple(empty.shape) for name, empty in state.items()}
+
+
+def _check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Refuse another shape than config.json says."""
+    if shape != expected:
+        raise ValueError(
+            f"{name}: shape {shape} in the file, {expected} by config.json; one is wrong"
+        )
+
+
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Refuse a tensor that does not fit, is of integers or 8-bit floats, or is not finite."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)} in the file, {shape} by config.json")
+    _check_shape(name, tuple(tensor.shape), shape)
     check_float(name, tensor)
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: holds NaN or inf; the checkpoint is damaged")

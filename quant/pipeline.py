@@ -34,7 +34,7 @@ from quant.follower import Follower, NoWriter
 from quant.formats import FORMATS
 from quant.geometry import check_shapes
 from quant.layer_loop import Run, copy_plain, layers
-from quant.layer_reader import DamagedLayer, check_plain
+from quant.layer_reader import DamagedLayer, check_headers, check_plain
 from quant.llama.config import LlamaConfig
 from quant.model_card import write_card
 from quant.output import refuse_overlap
@@ -182,4 +182,6 @@ def open_float(path: Path) -> tuple[CheckpointReader, LlamaConfig]:
             "better give the float checkpoint it was made from",
             stacklevel=1,
         )
-    return reader, LlamaConfig.from_dict(reader.config)
+    llama = LlamaConfig.from_dict(reader.config)
+    check_headers(reader, llama)
+    return reader, llama

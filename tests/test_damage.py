@@ -1,7 +1,10 @@
-"""pytest tests/test_damage.py: weights that are not finite, found late or when a model runs."""
+"""pytest tests/test_damage.py: tensors that are missing or misshapen, found before any work;
+weights that are not finite, found late or when a model runs.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +28,41 @@ def spoil(source: Path, name: str) -> None:
         if name in state:
             state[name].fill_(torch.nan)
             save_file(state, shard, metadata={"format": "pt"})
+
+
+LAST = "model.layers.2.mlp.up_proj.weight"
+HEADERS = {
+    "missing": f"tensor {LAST} is missing from the checkpoint",
+    "shape": f"{LAST}: shape (224, 128) in the file, (256, 128) by config.json; one is wrong",
+    "layers": "has tensors of 3 layers, but num_hidden_layers in config.json is 2; correct one",
+}
+
+
+@pytest.mark.parametrize("damage", HEADERS)
+def test_headers_are_compared_with_the_config_first(
+    make_checkpoint: Make, tmp_path: Path, damage: str
+) -> None:
+    source = make_checkpoint(num_hidden_layers=3)
+    states = [load_file(shard) for shard in sorted(source.glob("*.safetensors"))]
+    state = {name: tensor for part in states for name, tensor in part.items()}
+    state[LAST] = state[LAST][:224] if damage == "shape" else state[LAST]
+    if damage == "missing":
+        del state[LAST]
+    (source / "model.safetensors.index.json").unlink()
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    if damage == "layers":
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    for command in (
+        ["quantize", "--model", source, "--output", "out", "--samples", 4, "--seq-len", 64],
+        ["convert", source, "out"],
+        ["export", "--to", "float32", source, "out"],
+        ["export", "--to", "gguf", source, "out.gguf"],
+    ):
+        run = cli(*command, cwd=tmp_path)
+        assert (run.returncode, run.stdout) == (2, "") and len(run.stderr.splitlines()) == 1
+        assert run.stderr.startswith(f"error: {source}: ") and HEADERS[damage] in run.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_a_run_goes_on_when_a_late_layer_is_mended(

@@ -218,7 +218,7 @@ def test_rotary_scaling_biases_and_tied_heads(make_checkpoint: Make, tmp_path: P
     done = export(dynamic, tmp_path / "d.gguf", "gguf")
     assert "no dynamic rotary scaling" in done.notes[0]
     biased = make_checkpoint("biased", attention_bias=True)
-    with pytest.raises(ValueError, match="blk.0.attn_q.bias is missing from the checkpoint"):
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.bias is missing from the ch"):
         export(biased, tmp_path / "b.gguf", "gguf")
 
 

@@ -66,11 +66,20 @@ class Reader:
         Raises:
             ValueError: there is no such tensor, or its shard is damaged.
         """
+        return self._get(name, "get_tensor")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header of its file; errors as in `tensor`."""
+        part = self._get(name, "get_slice")
+        return tuple(part.shape if isinstance(part, Tensor) else part.get_shape())
+
+    def _get(self, name: str, method: str) -> Any:
+        """What that method of the shard's handle gives for the name; of .bin files, the tensor."""
         if name not in self._places:
             raise ValueError(f"{self.path}: tensor {name} is missing from the checkpoint")
         shard = self._open(self._places[name])
         try:
-            return shard[name] if isinstance(shard, dict) else shard.get_tensor(name)
+            return shard[name] if isinstance(shard, dict) else getattr(shard, method)(name)
         except (SafetensorError, KeyError) as error:
             raise ValueError(
                 f"{self._places[name]}: tensor {name} cannot be read ({error})"

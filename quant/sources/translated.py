@@ -47,6 +47,12 @@ class TranslatedReader:
             return weight
         return hugging_face_rows(weight, self.config[_HEADS[kind]])
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that the file's own geometry gives; ValueError for no such tensor."""
+        if name not in self._shapes:
+            raise ValueError(f"{self.path}: tensor {name} is missing from the checkpoint")
+        return self._shapes[name]
+
     def _stored(self, name: str) -> Tensor:
         """The tensor with its rows in the file's order."""
         raise NotImplementedError
