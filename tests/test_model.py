@@ -91,6 +91,13 @@ def test_float16_weights_compute_in_float32() -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope type 'yarn' is not supported"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope type 'llama3' is not supported"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"rope_theta": 0}, "rope_theta is 0; it must be a positive number"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0; it must be a positive number"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0; it must be a positive"),
+        ({"rope_scaling": {"type": "linear"}}, "factor of linear rope is None; it must be a pos"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 0}}, "factor of dynamic rope is 0; it mu"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; it must be true or false"),
+        ({"bos_token_id": 128}, "bos_token_id is 128, outside the vocabulary of vocab_size 128"),
         (
             {"num_key_value_heads": 3},
             "num_attention_heads 4 is not a multiple of num_key_value_heads 3",

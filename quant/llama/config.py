@@ -15,7 +15,7 @@ _REQUIRED = (
     "num_attention_heads",
     "vocab_size",
 )
-
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 
 _LARGEST, _MOST_LAYERS = 1 << 24, 1 << 12
 
@@ -68,13 +68,16 @@ class LlamaConfig:
             rope_theta=rope_theta,
             rope_type=rope_type,
             rope_factor=rope_factor,
-            tie_word_embeddings=raw.get("tie_word_embeddings") is True,
-            attention_bias=raw.get("attention_bias") is True,
-            mlp_bias=raw.get("mlp_bias") is True,
+            **{name: _flag(name, raw.get(name)) for name in _FLAGS},
             bos_token_id=_ids("bos_token_id", raw.get("bos_token_id", 1))[0],
             eos_token_ids=tuple(i for i in _ids("eos_token_id", eos) if i is not None),
         )
         config._check_heads()
+        if config.bos_token_id is not None and not 0 <= config.bos_token_id < config.vocab_size:
+            raise ValueError(
+                f"config.json: bos_token_id is {config.bos_token_id}, outside the vocabulary of "
+                f"vocab_size {config.vocab_size}; correct one of them"
+            )
         return config
 
     def _check_heads(self) -> None:
@@ -123,6 +126,13 @@ def _positive(name: str, value: Any) -> float:
     return float(value)
 
 
+def _flag(name: str, value: Any) -> bool:
+    """The value, if it is true or false; null is false."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"config.json: {name} is {value!r:.40}; it must be true or false")
+    return value is True
+
+
 def _ids(name: str, value: Any) -> list[int | None]:
     """A token id, or several, as a list; null is no id."""
     ids = value if isinstance(value, list) and value else [value]
@@ -144,8 +154,10 @@ def _rope_settings(raw: Mapping[str, Any]) -> tuple[float, str, float]:
             f"config.json: rope type {rope_type!r} is not supported; supported are default, "
             "linear and dynamic"
         )
-    theta = raw.get("rope_theta") or 10000.0
-    if raw.get("rope_parameters"):
-        theta = parameters.get("rope_theta") or theta
-    factor = _positive("rope factor", parameters.get("factor") or 1.0)
-    return _positive("rope_theta", theta), rope_type, factor
+    theta = raw.get("rope_theta")
+    if raw.get("rope_parameters") and parameters.get("rope_theta") is not None:
+        theta = parameters["rope_theta"]
+    theta = _positive("rope_theta", 10000.0 if theta is None else theta)
+    if rope_type == "default":
+        return theta, rope_type, 1.0
+    return theta, rope_type, _positive(f"factor of {rope_type} rope", parameters.get("factor"))
