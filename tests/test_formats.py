@@ -138,6 +138,13 @@ def test_shuffled_groups_are_kept(tmp_path: Path) -> None:
         ({"group_size": 32}, "name no bits"),
         ({}, "has quantization settings"),
         ({**V1, "bits": 5}, "bits 5 is not supported"),
+        ({**V1, "quant_method": "bitsandbytes"}, "'bitsandbytes' is not supported"),
+        ({**V1, "checkpoint_format": "foo"}, "config.json: checkpoint_format is 'foo'; it must be"),
+        ({**V1, "checkpoint_format": 7}, "config.json: checkpoint_format is 7; it must be"),
+        ({**V1, "format": ["gptq"]}, r"config.json: format is \['gptq'\]; it must be"),
+        ({**V1, "sym": "x"}, "config.json: sym is 'x'; it must be true or false"),
+        ({**V1, "dynamic": 5}, "config.json: dynamic is 5; it must be an object"),
+        ({**V1, "dynamic": {"[": {}}}, r"config.json: dynamic has the rule '\[', no regular"),
     ],
 )
 def test_unreadable_settings_are_refused(

@@ -29,7 +29,7 @@ from torch import Tensor
 from quant.checkpoint import CheckpointReader, module_names
 from quant.checkpoint_writer import CheckpointWriter
 from quant.config import QuantConfig
-from quant.formats.gptq_rules import bits_by_shape, dynamic_rules, grid_of
+from quant.formats.gptq_rules import bits_by_shape, check_settings, dynamic_rules, grid_of
 from quant.formats.reading import assemble, method, stored_settings
 from quant.grid import QuantizedTensor
 from quant.packing import pack, unpack
@@ -176,8 +176,7 @@ def quant_config(reader: CheckpointReader) -> QuantConfig:
 def _common_config(reader: CheckpointReader) -> QuantConfig:
     """What the settings say of most linears."""
     stored = stored_config(reader)
-    if "bits" not in stored:
-        raise ValueError(f"{reader.path}: the quantization settings name no bits")
+    check_settings(reader)
     return QuantConfig(stored["bits"], stored.get("group_size", -1), stored.get("sym", True))
 
 

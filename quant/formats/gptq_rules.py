@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 
+from quant.checkpoint import CheckpointReader
 from quant.config import BITS, QuantConfig
+from quant.formats.reading import stored_settings
 
 _FUSED = (("q", "k", "v", "qkv"), ("gate", "up", "gate_up"))  # the last is their joined name
 
@@ -33,6 +35,38 @@ def _pattern(name: str, modules: dict[str, QuantConfig]) -> str:
         if name in members and all(modules.get(one) == modules[name] for one in members):
             return rf"{re.escape(parent)}\.({'|'.join([*parts, joined])})_proj"
     return re.escape(name)
+
+
+def check_settings(reader: CheckpointReader) -> None:
+    """Refuse settings whose meaning is not known, before any tensor is read by them.
+
+    Raises:
+        ValueError: no bits, another format, or `sym` or `dynamic` are not what they must be; the
+            message names file, field and value.
+    """
+    stored = stored_settings(reader)
+    inside = bool(reader.config.get("quantization_config"))
+    file = reader.path / ("config.json" if inside else "quantize_config.json")
+    if "bits" not in stored:
+        raise ValueError(f"{file}: the quantization settings name no bits")
+    for field in ("checkpoint_format", "format"):
+        if (value := stored.get(field)) not in (None, "", "gptq", "gptq_v2"):
+            raise ValueError(
+                f"{file}: {field} is {value!r:.40}; it must be 'gptq' or 'gptq_v2', by which the "
+                "zeros are read"
+            )
+    if not isinstance(sym := stored.get("sym", True), bool):
+        raise ValueError(f"{file}: sym is {sym!r:.40}; it must be true or false")
+    rules = stored.get("dynamic") or {}
+    if not isinstance(rules, dict):
+        raise ValueError(f"{file}: dynamic is {rules!r:.40}; it must be an object of rules")
+    for rule in rules:
+        try:
+            re.compile(rule.removeprefix("+:").removeprefix("-:"))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"{file}: dynamic has the rule {rule!r:.60}, no regular expression ({error})"
+            ) from None
 
 
 def grid_of(bits: int, in_features: int, groups: int, config: QuantConfig) -> QuantConfig:
