@@ -76,11 +76,15 @@ class Journal:
         """Take over what an earlier run left in the folder, if it left anything.
 
         Raises:
-            ValueError: it was another model, other data, settings or code; nothing is touched.
+            ValueError: it was another model, other data, settings or code, or state.json is
+                damaged; nothing is touched.
         """
         if not (self.folder / STATE).exists():
             return
-        state = read_json(self.folder / STATE)
+        try:
+            state = read_json(self.folder / STATE)
+        except ValueError as error:
+            raise ValueError(f"{error}; pass --overwrite to start again") from None
         if state.get("damaged") and state["fingerprint"]["weights"] != self.fingerprint["weights"]:
             warnings.warn(
                 f"{self.folder}: the weights were mended since a damaged layer stopped the run; "

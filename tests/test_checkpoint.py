@@ -62,7 +62,7 @@ def test_a_pickled_command_is_not_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin: damaged or truncated"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: holds more than tensors \(.*\)"):
         open_checkpoint(tmp_path)
     assert not (tmp_path / "evil").exists()
 

@@ -116,7 +116,7 @@ def test_a_pickled_command_is_not_run(
     monkeypatch.chdir(tmp_path)
     meta = write_meta(make_checkpoint(), tmp_path / "meta" / "7b", 1)
     torch.save({"output.weight": Command()}, meta / "consolidated.00.pth")
-    with pytest.raises(ValueError, match="consolidated.00.pth: damaged or truncated"):
+    with pytest.raises(ValueError, match=r"consolidated.00.pth: holds more than tensors \(.*\)"):
         open_checkpoint(meta)
     assert not (tmp_path / "evil").exists()
 

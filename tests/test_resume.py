@@ -291,6 +291,10 @@ def test_another_run_is_not_continued(
     shard.write_bytes(whole[:-2] + b"xx")
     refuses("weights was", source, out, windows, CONFIG)
     shard.write_bytes(whole)
+    state, before[STATE] = before[STATE], b"{"
+    (tmp_path / "out.partial" / STATE).write_bytes(b"{")
+    refuses("state.json: not readable .*; pass --overwrite to", source, out, windows, CONFIG)
+    (tmp_path / "out.partial" / STATE).write_bytes(state)
     quantize_checkpoint(source, out, windows, CONFIG, run_options=again)
     assert not (tmp_path / "out.partial").exists() and STATE not in content(out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -18,7 +19,14 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged file
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if stranger := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{file}: holds more than tensors ({stranger[1]}), so it is not loaded, and "
+                "nothing in it was run; give a file of tensors alone, best of all safetensors"
+            ) from None
+        first_line = str(error).splitlines()[0] if str(error) else ""
+        if not first_line or "weights_only" in str(error):  # torch's advice there is to trust it
+            first_line = type(error).__name__
         raise ValueError(
             f"{file}: damaged or truncated ({first_line}); download it again"
         ) from error
