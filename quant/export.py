@@ -130,6 +130,9 @@ def export(
         head: type of embedding and head in gguf, "f16" or "q8_0".
 
     Raises:
+        ValueError: the target cannot hold the grid of a tensor, which is named; no such target, or
+            a file for gguf not called so; or `source` is damaged.
+        FileExistsError: `target` exists.
         ValueError: the target cannot hold the grid of a tensor, which is named; no such target; or
             `source` is damaged.
         FileExistsError: `target` exists and is not to be, or cannot be, replaced.
@@ -138,6 +141,8 @@ def export(
         raise ValueError(f"cannot export to {to!r}; there are {', '.join(TARGETS)}")
     if head != "f16" and to != "gguf":
         raise ValueError(f"--head {head} is for gguf; {to} keeps embedding and head as they are")
+    if to == "gguf" and Path(target).suffix != ".gguf":
+        raise ValueError(f"{target}: no reader takes it for gguf; give a name that ends in .gguf")
     refuse_overlap(source, target)
     start, opened = time.perf_counter(), Source.open(Path(source))
     whole = whole_file if to == "gguf" else whole_folder

@@ -199,8 +199,8 @@ def test_refusals(make_checkpoint: Make, tmp_path: Path) -> None:
         export(source, tmp_path / "m.gguf", "gguf", head="x")
     with pytest.raises(ValueError, match="--head q8_0 is for gguf"):
         export(source, tmp_path / "m", "float32", head="q8_0")
-    with pytest.raises(FileExistsError, match="is the checkpoint to read"):
-        export(source, source, "gguf", overwrite=True)
+    with pytest.raises(ValueError, match="x-gguf: no reader .*; give a name that ends in .gguf"):
+        export(source, tmp_path / "x-gguf", "gguf")
     shutil.rmtree(source / "none", ignore_errors=True)
     (source / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match="no tokenizer"):

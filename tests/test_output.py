@@ -25,8 +25,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "convert there": ([*CONVERT, "notes"], "notes: holds a.txt"),
     "a file": ([*QUANTIZE, "a.txt"], "a.txt: is a file where a folder is to be made"),
     "gguf": (
-        ["export", "--to", "gguf", "--overwrite", "tiny", "a.txt"],
-        "a.txt: is a file that is not GGUF; --overwrite leaves it alone, choose another output",
+        ["export", "--to", "gguf", "--overwrite", "tiny", "a.gguf"],
+        "a.gguf: is a file that is not GGUF; --overwrite leaves it alone, choose another output",
     ),
 }
 
@@ -37,7 +37,7 @@ def test_overwrite_leaves_everything_else_alone(
 ) -> None:
     make_checkpoint("tiny")
     (tmp_path / "notes").mkdir()
-    for name in ("a.txt", "notes/a.txt", "notes/b.txt", "notes/c.txt", "notes/d.txt"):
+    for name in ("a.txt", "a.gguf", "notes/a.txt", "notes/b.txt", "notes/c.txt", "notes/d.txt"):
         (tmp_path / name).write_text("years of work")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     arguments, message = REFUSED[case]
