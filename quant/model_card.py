@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quant.checkpoint import read_json
+from quant.durable import write_file
 from quant.report import FILE_NAME as REPORT
 
 FILE_NAME = "README.md"
@@ -28,6 +29,7 @@ def write_card(folder: Path, quality: str = "") -> None:
     Raises:
         ValueError: the folder has no report or no config.json; or its README.md is not a card of
             ours, which is left alone.
+        OSError: it cannot be written; the old one stays.
     """
     file = folder / FILE_NAME
     old = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -36,7 +38,12 @@ def write_card(folder: Path, quality: str = "") -> None:
     if not quality and _SECTION in old:
         quality = old.partition(f"{_SECTION}\n\n```\n")[2].partition("\n```")[0]
     report, config = read_json(folder / REPORT), read_json(folder / "config.json")
-    file.write_text(_card(report, config, quality), encoding="utf-8")
+    text = _card(report, config, quality).encode()
+
+    def write(path: Path) -> None:
+        path.write_bytes(text)
+
+    write_file(file, write)
 
 
 def _card(report: dict[str, Any], config: dict[str, Any], quality: str) -> str:

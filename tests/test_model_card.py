@@ -111,3 +111,20 @@ def test_a_push_that_cannot_be_is_refused_first(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(ValueError, match="--push needs huggingface_hub"):
         check_push("a/b")
+
+
+def test_a_full_disk_leaves_the_old_card(
+    make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_checkpoint(make_checkpoint(), tmp_path / "out", windows, QuantConfig(4, 64))
+    old = (tmp_path / "out" / "README.md").read_bytes()
+
+    def full(path: Path, data: bytes) -> None:
+        path.open("wb").close()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"README.md: cannot be written .*; is the disk full"):
+        write_card(tmp_path / "out", "perplexity 1")
+    assert (tmp_path / "out" / "README.md").read_bytes() == old
+    assert not list((tmp_path / "out").glob("*.tmp"))
