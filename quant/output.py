@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with _naming(path):
+            yield partial
         if path.exists():
             old = path.with_name(f".{path.name}.old-{os.getpid()}")
             path.rename(old)
@@ -43,10 +45,22 @@ def whole_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield partial
+        with _naming(path):
+            yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let a full disk say what was being written to it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"{path}: cannot be written, the disk is full; free some space") from error
 
 
 def refuse_overlap(source: str | Path, path: str | Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_cli import cli
 
-from quant.output import existing
+from quant.output import existing, whole_file, whole_folder
 
 QUANTIZE = ["quantize", "--model", "tiny", "--overwrite", "--output"]
 EXPORT = ["export", "--to", "float32", "--overwrite", "tiny"]
@@ -24,6 +26,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "export there": ([*EXPORT, "notes"], "notes: holds a.txt"),
     "convert there": ([*CONVERT, "notes"], "notes: holds a.txt"),
     "a file": ([*QUANTIZE, "a.txt"], "a.txt: is a file where a folder is to be made"),
+    "the root": ([*CONVERT, "/"], "/: contains the checkpoint to read (tiny)"),
     "gguf": (
         ["export", "--to", "gguf", "--overwrite", "tiny", "a.gguf"],
         "a.gguf: is a file that is not GGUF; --overwrite leaves it alone, choose another output",
@@ -45,6 +48,16 @@ def test_overwrite_leaves_everything_else_alone(
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
     assert message in run.stderr
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("whole", [whole_folder, whole_file])
+def test_a_full_disk_is_told_with_the_output(tmp_path: Path, whole: Any) -> None:
+    full = r"out: cannot be written, the disk is full; free some space$"
+    with pytest.raises(OSError, match=full), whole(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError, match="^other$"), whole(tmp_path / "out"):
+        raise FileNotFoundError("other")
+    assert not list(tmp_path.iterdir())
 
 
 def test_overwrite_replaces_checkpoints_and_what_is_empty(tmp_path: Path) -> None:
