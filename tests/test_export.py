@@ -143,8 +143,9 @@ def test_refusals(make_checkpoint: Make, tmp_path: Path) -> None:
         export(source, tmp_path / "x", "compressed-tensors")
     with pytest.raises(ValueError, match="cannot export to 'x'; there are autogptq"):
         export(source, tmp_path / "x", "x")
+    (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="exists already"):
-        export(source, source, "float32")
+        export(source, tmp_path / "there", "float32")
 
 
 def test_a_tied_head_is_written_once(make_checkpoint: Make, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""pytest tests/test_layers.py: imports point down only, as the layers say."""
+"""pytest tests/test_layers.py: imports point down only, as the layers say; names are kept."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -108,3 +110,8 @@ def test_calib_imports_torch_compiled_code_and_the_standard_library_only() -> No
             names = [i for i in imports_of(file) if not i.startswith("quant.native")]
             tops = {imported.split(".")[0] for imported in names}
             assert tops <= allowed | set(sys.stdlib_module_names), name
+
+
+def test_a_submodule_does_not_shadow_the_function_of_its_name() -> None:
+    child = "import quant.evaluate; from quant import evaluate; evaluate.__code__"
+    subprocess.run([sys.executable, "-c", child], check=True, cwd=ROOT)
