@@ -122,6 +122,6 @@ def test_a_failed_write_is_told_and_waited_for(
     monkeypatch.setattr(background, "_write", full)
     with pytest.raises(OSError, match="float: cannot be written, the disk is full"):
         export(source, tmp_path / "float", "float32")
-    with pytest.raises(OSError, match="float: cannot be written, the disk is full"):
+    with pytest.raises(OSError, match="float.gguf: cannot be written, the disk is full"):
         export(source, tmp_path / "float.gguf", "gguf")
     assert not [path for path in tmp_path.iterdir() if "float" in path.name]
