@@ -132,9 +132,6 @@ def export(
     Raises:
         ValueError: the target cannot hold the grid of a tensor, which is named; no such target, or
             a file for gguf not called so; or `source` is damaged.
-        FileExistsError: `target` exists.
-        ValueError: the target cannot hold the grid of a tensor, which is named; no such target; or
-            `source` is damaged.
         FileExistsError: `target` exists and is not to be, or cannot be, replaced.
     """
     if to not in TARGETS:
