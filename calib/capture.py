@@ -80,9 +80,8 @@ def walk(
         for batch, x in inputs:
             original = None if originals is None else next(originals)[1]
             of_batch = None if mask is None else mask[batch]
-            if index == 0:
-                for seen in (x, original):
-                    _raise_first(seen, of_batch, 1 + sink * states.tokens)
+            if index == 0 and sink:
+                _raise_first(x, original, of_batch, 1 + sink * states.tokens)
             hessian.add(x, of_batch, None if index == _DOWN else original)
             if beside is not None and index in _RESIDUAL:
                 behind = _behind(states, beside[1], _RESIDUAL[index], batch)
@@ -94,11 +93,11 @@ def walk(
     deque(others, maxlen=0)
 
 
-def _raise_first(x: Tensor | None, mask: Tensor | None, count: float) -> None:
-    """Let the first token of each window of x (windows, tokens, features) count so many times."""
-    if x is not None and count > 1:
-        first = 0 if mask is None else mask.int().argmax(1)
-        x[torch.arange(len(x)), first] *= count**0.5
+def _raise_first(x: Tensor, original: Tensor | None, mask: Tensor | None, count: float) -> None:
+    """Let the first token of each window (windows, tokens, features) count so many times."""
+    first = 0 if mask is None else mask.int().argmax(1)
+    for seen in (x,) if original is None else (x, original):
+        seen[torch.arange(len(seen)), first] *= count**0.5
 
 
 def _behind(states: HiddenStates, original: HiddenStates, buffer: str, batch: slice) -> Tensor:

@@ -89,11 +89,8 @@ def evaluate(
         ValueError: the text is shorter than one window, holds ids outside the vocabulary, or a
             model's logits are not finite; or the reference has another vocabulary.
     """
-    if reference is not None and reference.config.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"reference: has a vocabulary of {reference.config.vocab_size}, the model one of "
-            f"{model.config.vocab_size}; give the float checkpoint that it was made from"
-        )
+    if reference is not None:
+        _check_vocabulary(model, reference)
     windows = _windows(ids, window, model.config.vocab_size).to(
         model.model.embed_tokens.weight.device
     )
@@ -111,6 +108,16 @@ def evaluate(
     if reference is not None:
         comparison = _compare(mine, reference_nll.mean(-1), divergence.flatten(), agreement)
     return EvalResult(math.exp(mine.mean().item()), len(windows), window, nll.numel(), comparison)
+
+
+def _check_vocabulary(model: Llama, reference: Llama) -> None:
+    """Refuse a reference whose predictions are of other tokens."""
+    sizes = reference.config.vocab_size, model.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"reference: has a vocabulary of {sizes[0]}, the model one of {sizes[1]}; give the "
+            "float checkpoint that it was made from"
+        )
 
 
 def _windows(ids: Tensor, window: int, vocab_size: int) -> Tensor:

@@ -134,12 +134,7 @@ def export(
             a file for gguf not called so; or `source` is damaged.
         FileExistsError: `target` exists and is not to be, or cannot be, replaced.
     """
-    if to not in TARGETS:
-        raise ValueError(f"cannot export to {to!r}; there are {', '.join(TARGETS)}")
-    if head != "f16" and to != "gguf":
-        raise ValueError(f"--head {head} is for gguf; {to} keeps embedding and head as they are")
-    if to == "gguf" and Path(target).suffix != ".gguf":
-        raise ValueError(f"{target}: no reader takes it for gguf; give a name that ends in .gguf")
+    _check(to, head, Path(target))
     refuse_overlap(source, target)
     start, opened = time.perf_counter(), Source.open(Path(source))
     whole = whole_file if to == "gguf" else whole_folder
@@ -160,6 +155,16 @@ def export(
         size_bytes = sum(file.stat().st_size for file in files)
     notes = tuple(writer.notes()) if hasattr(writer, "notes") else ()
     return Exported(size_bytes, time.perf_counter() - start, notes)
+
+
+def _check(to: str, head: str, target: Path) -> None:
+    """Refuse what no writer can make."""
+    if to not in TARGETS:
+        raise ValueError(f"cannot export to {to!r}; there are {', '.join(TARGETS)}")
+    if head != "f16" and to != "gguf":
+        raise ValueError(f"--head {head} is for gguf; {to} keeps embedding and head as they are")
+    if to == "gguf" and target.suffix != ".gguf":
+        raise ValueError(f"{target}: no reader takes it for gguf; give a name that ends in .gguf")
 
 
 def _copy_companions(reader: CheckpointReader, folder: Path) -> None:

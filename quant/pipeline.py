@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -86,16 +88,23 @@ def quantize_checkpoint(
     with distributed.joined(), torch.inference_mode():
         run = Run(reader, llama, config, solver, run_options, windows, mask)
         hold_out(run)
-        try:
+        with _telling_how_to_go_on(output):
             if distributed.rank() == 0:
                 report = _lead(run, output, start)
             else:
                 _follow(run)
-        except DamagedLayer as error:
-            go_on = "; mend the file, and continue with the same command and --resume"
-            layers = kept(output)
-            raise DamagedLayer(f"{error}{f'; {layers}{go_on}' if layers else ''}") from None
         return distributed.from_first(lambda: report)
+
+
+@contextmanager
+def _telling_how_to_go_on(output: Path) -> Iterator[None]:
+    """Let a damaged layer say what is kept."""
+    try:
+        yield
+    except DamagedLayer as error:
+        go_on = "; mend the file, and continue with the same command and --resume"
+        layers = kept(output)
+        raise DamagedLayer(f"{error}{f'; {layers}{go_on}' if layers else ''}") from None
 
 
 def _lead(run: Run, output: Path, start: float) -> Report:

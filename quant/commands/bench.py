@@ -46,10 +46,7 @@ def bench_kernels(
     budget: Budget = 0.3,
 ) -> None:
     """Time our int4 kernel and those of others that are installed, taking turns."""
-    import torch
-
     from quant import bench, roofline
-    from quant.kernels import cpu
 
     sizes = _shapes(shapes) if shapes else bench.SHAPES
     counts = tuple(_number(m, "--rows") for m in rows.split(","))
@@ -59,12 +56,7 @@ def bench_kernels(
         f"{machine['processor']}, {machine['threads']} threads: reads {machine['read_gb_s']} GB/s, "
         f"multiplies {machine['sgemm_gflop_s']} GFLOP/s in float32"
     )
-    if cpu.is_available(torch.device("cpu")):
-        machine |= bench.measure_calls()
-        print(
-            f"a call of ours from Python: {machine['matmul_call_us']} us more than the compiled "
-            f"function, {machine['linear_call_us']} us from a QuantLinear"
-        )
+    machine |= _calls()
     print(
         f"{'K':>6}{'N':>7}{'M':>5} {'':5}{'kernel':33}{'ms':>10}{'GB/s':>9}{'GOP/s':>9}{'roof':>7}"
     )
@@ -79,6 +71,23 @@ def bench_kernels(
     if plot:
         roofline.plot(machine, measured, plot)
     _write(json_file, {"machine": machine, "rows": [dataclasses.asdict(r) for r in measured]})
+
+
+def _calls() -> dict[str, float]:
+    """Print what a call of our kernel takes, where it runs."""
+    import torch
+
+    from quant import bench
+    from quant.kernels import cpu
+
+    if not cpu.is_available(torch.device("cpu")):
+        return {}
+    calls = bench.measure_calls()
+    print(
+        f"a call of ours from Python: {calls['matmul_call_us']} us more than the compiled "
+        f"function, {calls['linear_call_us']} us from a QuantLinear"
+    )
+    return calls
 
 
 def bench_decode(
