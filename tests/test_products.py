@@ -54,6 +54,31 @@ def test_the_upper_triangle_of_a_gram_matrix(any_work: None, tokens: int, width:
 
 
 @built
+@pytest.mark.parametrize("width", [1, 31, 385, 1100])
+def test_twice_the_half_of_a_form_is_the_form(any_work: None, width: int) -> None:
+    a, square = random(40, width + 2)[:, 1:-1], random(width, width, seed=1)
+    symmetric = square + square.T
+    exact = (a.double() @ symmetric.double() * a).sum(1)
+    got = 2 * (products.half_product(a, symmetric) * a).double().sum(1)
+    torch.testing.assert_close(got, exact, rtol=1e-4, atol=2e-2)
+    by_torch = 2 * (products.half_product(a.double(), symmetric.double()) * a).sum(1)
+    torch.testing.assert_close(by_torch, exact)
+
+
+@built
+@pytest.mark.parametrize(
+    ("m", "k", "group", "n"), [(1, 1, 1, 1), (640, 64, 128, 97), (900, 400, 300, 600)]
+)
+def test_sums_of_products_over_rows(any_work: None, m: int, k: int, group: int, n: int) -> None:
+    a, b, c = random(m, k + 3)[:, :-3], random(k, n, seed=1), random(m, n, seed=2)
+    exact = (a.double() @ b.double() * c).view(-1, group, n).sum(1)
+    torch.testing.assert_close(
+        products.product_sums(a, b, c, group).double(), exact, rtol=1e-4, atol=2e-3
+    )
+    assert torch.equal(products.product_sums(a.double(), b.double(), c.double(), group), exact)
+
+
+@built
 def test_linear_has_the_bias_and_the_shape_of_torch(any_work: None) -> None:
     x, weight, bias = random(3, 40, 70), random(50, 70, seed=1), random(50, seed=2)
     got = products.linear(x, weight, bias)

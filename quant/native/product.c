@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DEPTH 384      /* of k: a panel of B stays in the first cache */
+#define DEPTH 384      /* of k: a panel of B stays in the first cache; a multiple of any width */
 #define BLOCK_ROWS 264 /* of out: their part of A stays in the second cache */
 #define BLOCK_PANELS 8
 #define MOST_ROWS 16
@@ -52,13 +52,18 @@ static void pack_a(int64_t begin, int64_t end, void *context) {
     }
 }
 
+/* Whether a panel is left out at this depth. */
+static int below(const job *j, int64_t column) { return j->p->half && column < j->start; }
+
 static void pack_b(int64_t begin, int64_t end, void *context) {
     const job *j = context;
     const kern_product *p = j->p;
     for (int64_t panel = begin; panel < end; panel++) {
         int64_t first = panel * j->width;
+        if (below(j, first)) continue;
+        const float factor = p->half && first < j->start + j->depth ? 0.5f : 1.0f;
         pack(p->b + j->start * p->b_row + first * p->b_column, p->b_row, p->b_column, j->depth,
-             least(j->width, p->n - first), j->width, 1.0f, j->b + first * j->depth);
+             least(j->width, p->n - first), j->width, factor, j->b + first * j->depth);
     }
 }
 
@@ -73,8 +78,14 @@ static void tile(const job *j, int64_t row, int64_t column) {
     j->isa->multiply(EXACT, (int)rows, &b, &a, row, sums, NULL);
     const int add = p->add || j->start;
     for (int64_t r = 0; r < rows; r++) {
-        float *out = p->out + (row + r) * p->out_row + column;
         const float *sum = sums + r * j->width;
+        if (p->group) {
+            float *out = p->out + (row + r) / p->group * p->out_row + column;
+            const float *with = p->with + (row + r) * p->n + column;
+            for (int64_t c = 0; c < columns; c++) out[c] += with[c] * sum[c];
+            continue;
+        }
+        float *out = p->out + (row + r) * p->out_row + column;
         if (add)
             for (int64_t c = 0; c < columns; c++) out[c] += sum[c];
         else
@@ -82,19 +93,32 @@ static void tile(const job *j, int64_t row, int64_t column) {
     }
 }
 
-/* Items of work: BLOCK_ROWS rows by BLOCK_PANELS panels. */
+/* Items of work: BLOCK_ROWS rows by BLOCK_PANELS panels. Where rows add up, all by a few. */
+static int64_t wide(const job *j) { return (j->p->group ? BLOCK_PANELS / 2 : BLOCK_PANELS) * j->width; }
+
+static int64_t tall(const job *j) { return BLOCK_ROWS / j->rows * j->rows; }
+
+static int64_t item_count(const job *j) {
+    return parts(j->p->n, wide(j)) * (j->p->group ? 1 : parts(j->p->m, tall(j)));
+}
+
+static void block(const job *j, int64_t top, int64_t left) {
+    const kern_product *p = j->p;
+    for (int64_t column = left; column < least(left + wide(j), p->n); column += j->width)
+        for (int64_t row = top; row < least(top + tall(j), p->m); row += j->rows)
+            if ((!p->upper || row < column + j->width) && !below(j, column)) tile(j, row, column);
+}
+
 static void items(int64_t begin, int64_t end, void *context) {
     const job *j = context;
     const kern_product *p = j->p;
-    const int64_t tall = BLOCK_ROWS / j->rows * j->rows, wide = BLOCK_PANELS * j->width;
-    const int64_t across = parts(p->n, wide), count = parts(p->m, tall) * across;
+    const int64_t across = parts(p->n, wide(j)), count = item_count(j);
     for (int64_t turn = begin; turn < end; turn++) {
         /* From both ends, since the upper triangle has its work at the start. */
         const int64_t item = turn % 2 ? count - 1 - turn / 2 : turn / 2;
-        const int64_t top = item / across * tall, left = item % across * wide;
-        for (int64_t column = left; column < least(left + wide, p->n); column += j->width)
-            for (int64_t row = top; row < least(top + tall, p->m); row += j->rows)
-                if (!p->upper || row < column + j->width) tile(j, row, column);
+        int64_t top = item / across * tall(j);
+        const int64_t bottom = p->group ? p->m : top + 1;
+        for (; top < bottom; top += tall(j)) block(j, top, item % across * wide(j));
     }
 }
 
@@ -108,12 +132,14 @@ int kern_multiply(const kern_product *p) {
     j.a = malloc((p->m + panels * j.width) * depth * sizeof(float));
     if (!j.a) return -1;
     j.b = j.a + p->m * depth;
-    const int64_t tall = BLOCK_ROWS / j.rows * j.rows, wide = BLOCK_PANELS * j.width;
+    if (p->group)
+        for (int64_t row = 0; row < p->m / p->group; row++)
+            memset(p->out + row * p->out_row, 0, p->n * sizeof(float));
     for (j.start = 0; j.start < p->k; j.start += DEPTH) {
         j.depth = least(DEPTH, p->k - j.start);
         kern_parallel(blocks, 8, pack_a, &j);
         kern_parallel(panels, 4, pack_b, &j);
-        kern_parallel(parts(p->m, tall) * parts(p->n, wide), 1, items, &j);
+        kern_parallel(item_count(&j), 1, items, &j);
     }
     free(j.a);
     return 0;

@@ -16,6 +16,7 @@ from torch import Tensor
 from quant.native import library
 
 _LEAST_WORK = 1 << 22  # multiplications below which the copies cost more than they gain
+_BLOCK = 512  # on the diagonal of a triangle: products of all of it are made
 
 
 class _Product(ctypes.Structure):
@@ -28,6 +29,9 @@ class _Product(ctypes.Structure):
         ("alpha", ctypes.c_float),
         ("add", ctypes.c_int32),
         ("upper", ctypes.c_int32),
+        ("half", ctypes.c_int32),
+        ("with_", ctypes.c_void_p),
+        ("group", ctypes.c_int64),
     ]
 
 
@@ -63,7 +67,7 @@ class _Linear(torch.autograd.Function):
 def add_product_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
     """out += alpha a @ b, for matrices of any strides; the rows of out must be contiguous."""
     if _can(a, b):
-        _multiply(out, a.T, b, alpha, add=True)
+        _multiply(out, a.T, b, alpha=alpha, add=True)
     elif a.shape[1]:
         out.addmm_(a, b, alpha=alpha)
 
@@ -88,6 +92,32 @@ def add_gram_(out: Tensor, rows: Tensor) -> None:
         out[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
 
 
+def half_product(a: Tensor, symmetric: Tensor) -> Tensor:
+    """a @ T, where T + T.T = symmetric and T has zeros below the blocks on its diagonal: half the
+    work of a whole product, and all that a quadratic form needs, as a S a^T = 2 a T a^T.
+    """
+    if _can(a, symmetric):
+        out = torch.empty(a.shape)
+        _multiply(out, a.T, symmetric, half=True)
+        return out
+    out = torch.empty_like(a)
+    for start in range(0, a.shape[1], _BLOCK):
+        here = slice(start, start + _BLOCK)
+        out[:, here] = a[:, here] @ symmetric[here, here] / 2
+        out[:, here].addmm_(a[:, :start], symmetric[:start, here])
+    return out
+
+
+def product_sums(a: Tensor, b: Tensor, c: Tensor, group: int) -> Tensor:
+    """(a @ b * c) summed over every `group` rows, for (m, k), (k, n) and a contiguous (m, n)."""
+    if not _can(a, b):
+        return (a @ b).mul_(c).view(-1, group, c.shape[1]).sum(1)
+    assert c.is_contiguous() and c.dtype is torch.float32
+    out = torch.empty(len(a) // group, c.shape[1])
+    _multiply(out, a.T, b, with_=c.data_ptr(), group=group)
+    return out
+
+
 def _can(a: Tensor, b: Tensor) -> bool:
     """Whether the library takes these, and the work is worth it."""
     fits = all(t.dtype is torch.float32 and t.is_cpu and 1 in t.stride() for t in (a, b))
@@ -98,14 +128,12 @@ def _can(a: Tensor, b: Tensor) -> bool:
     return not grad and kern is not None and kern.kern_selected() != b"scalar"  # BLAS is faster
 
 
-def _multiply(
-    out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0, add: bool = False, upper: bool = False
-) -> None:
-    """out (m, n) = or += alpha a.T @ b for a (k, m), b (k, n)."""
-    assert out.stride(1) == 1 and out.shape == (a.shape[1], b.shape[1])
+def _multiply(out: Tensor, a: Tensor, b: Tensor, **others: float) -> None:
+    """out (m, n) = a.T @ b for a (k, m), b (k, n), or what the other fields make of it."""
+    assert out.stride(1) == 1 and out.shape[1] == b.shape[1]
     pointers = a.data_ptr(), b.data_ptr(), out.data_ptr()
     sizes = a.shape[1], b.shape[1], len(a)
     strides = *a.stride(), *b.stride(), out.stride(0)
-    call = _Product(*pointers, *sizes, *strides, alpha, add, upper)
+    call = _Product(*pointers, *sizes, *strides, **{"alpha": 1.0, **others})
     if library().kern_multiply(ctypes.byref(call)):  # type: ignore[union-attr]
         raise MemoryError(f"a product of {sizes[0]} x {sizes[1]} needs more memory than there is")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quant.grid import QuantizedTensor
-from quant.native.products import product
+from quant.native.products import half_product
 
 
 @dataclass(frozen=True)
@@ -31,31 +31,24 @@ class Solution:
     losses: Tensor | None = None
 
 
-_PANEL = 512  # columns of a product: each is computed for half of the symmetric matrix
+_ROWS = 1024  # at a time: their products with H are in memory
 
 
 def output_energy(rows: Tensor, hessian: Tensor) -> Tensor:
     """tr(A H A^T) row by row: the energy of what the rows make of the data.
-
-    The symmetric H is read as panels of its lower triangle: every panel left of the diagonal counts
-    twice, so that half of the products are made.
 
     Args:
         rows: (out, in) float32.
         hessian: (in, in) float32, symmetric.
 
     Returns:
-        (out,) float64; products in float32, sums over panels in float64.
+        (out,) float64; products in float32, their sum in float64.
     """
-    total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-    for start in range(0, rows.shape[1], _PANEL):
-        part = rows[:, start : start + _PANEL]
-        columns = hessian[:, start : start + _PANEL]
-        onto = part @ columns[start : start + _PANEL]
-        if start:
-            onto += 2 * product(rows[:, :start], columns[:start])
-        total += (onto * part).sum(1, dtype=torch.float64)
-    return total
+    parts = (
+        half_product(part, hessian).mul_(part).sum(1, dtype=torch.float64)
+        for part in rows.split(_ROWS)
+    )
+    return 2 * torch.cat(list(parts))
 
 
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
