@@ -128,5 +128,5 @@ def fit_minmax(weight: Tensor, config: QuantConfig) -> Grid:
 def nearest_codes(weight: Tensor, grid: Grid) -> Tensor:
     """The nearest code of every weight (out, in), uint8, for groups of consecutive columns."""
     groups = weight.reshape(*grid.scales.shape, -1)
-    codes = (groups / grid.scales[..., None]).round() + grid.zeros[..., None].float()
-    return codes.clamp(0, grid.max_code).to(torch.uint8).reshape(weight.shape)
+    codes = groups.div(grid.scales[..., None]).round_().add_(grid.zeros[..., None].float())
+    return codes.clamp_(0, grid.max_code).to(torch.uint8).reshape(weight.shape)

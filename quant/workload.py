@@ -116,7 +116,7 @@ def work(job: Job) -> dict[str, float]:
 
 def products(job: Job) -> int:
     """Times r n^2 of a solve, the aim left out."""
-    judged = (1 if job.sweeps else 0) + (2 if job.beside else 0)  # plain GPTQ knows its loss
+    judged = 2 if job.beside else 0  # a solver knows what it loses, but not of the float weight
     return 3 + 2 * job.sweeps + 3 * job.refits + judged
 
 

@@ -63,7 +63,7 @@ def test_a_sweep_takes_the_best_code_of_each_column(
     monkeypatch.setattr(sweeps, "_WIDE", wide)
     weight, hessian, tensor = solved(24, 64, bits, QuantConfig(bits, 32, symmetric))
     expected, margins = literal_sweep(weight, hessian, tensor)
-    codes = sweep(weight, hessian, tensor, block_size).codes
+    codes = sweep(weight, hessian, tensor, block_size)[0].codes
     sure = margins > 1e-5  # a tie decided otherwise changes the rest of its row
     assert sure.float().mean() > 0.5
     assert torch.equal(codes[sure], expected[sure]) and not torch.equal(codes, tensor.codes)
@@ -72,14 +72,17 @@ def test_a_sweep_takes_the_best_code_of_each_column(
 @pytest.mark.parametrize("scales", ["minmax", "weighted", "signed"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_every_sweep_and_refit_lowers_the_exact_loss_of_every_row(bits: int, scales: str) -> None:
+    """And by as much as it says."""
     weight, hessian, tensor = solved(40, 96, bits, QuantConfig(bits, 32), scales=scales)
     before = exact_losses(weight, hessian, tensor)
     first = before.sum()
     for _ in range(3):
         for step in (refit, lambda *problem: sweep(*problem, 32)):
-            tensor = step(weight, hessian, tensor)
+            tensor, added = step(weight, hessian, tensor)
             after = exact_losses(weight, hessian, tensor)
             assert (after <= before * (1 + 1e-5)).all()
+            assert added.dtype is torch.float64 and (added <= before * 1e-5).all()
+            torch.testing.assert_close(before + added, after, rtol=1e-4, atol=0)
             before = after
     assert before.sum() < 0.97 * first
     assert torch.equal(tensor.grid.scales, tensor.grid.scales.half().float())
@@ -88,10 +91,11 @@ def test_every_sweep_and_refit_lowers_the_exact_loss_of_every_row(bits: int, sca
 @built
 def test_native_and_torch_sweep_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian, tensor = solved(70, 320, 3, QuantConfig(4, 64))
-    native = sweep(weight, hessian, tensor, 128)
+    native, gain = sweep(weight, hessian, tensor, 128)
     monkeypatch.setattr(solving, "can_round", lambda values: False)
-    plain = sweep(weight, hessian, tensor, 128)
+    plain, same = sweep(weight, hessian, tensor, 128)
     assert (native.codes != plain.codes).float().mean() < 0.002  # ties
+    assert gain.sum() < 0 and abs(gain.sum() / same.sum() - 1) < 0.02
 
 
 def test_normal_equations_are_those_of_the_formula() -> None:
@@ -116,7 +120,7 @@ def test_refit_scales_are_the_least_squares_solution() -> None:
     weight = torch.randn(5, 64, generator=generator)
     hessian = (x.T @ x).float()
     tensor = gptq.solve(weight, hessian, QuantConfig(3, 32), GPTQOptions(scales="minmax")).tensor
-    fitted = refit(weight, hessian, tensor)
+    fitted, _ = refit(weight, hessian, tensor)
     assert torch.equal(fitted.codes, tensor.codes)
     for row in range(5):
         steps = (tensor.codes[row].double() - 4).view(2, 32)
@@ -133,7 +137,7 @@ def test_scales_that_rounding_would_make_worse_are_kept() -> None:
     hessian, start = (x.T @ x).float(), torch.randn(12, 32, generator=generator)
     weight = torch.cat([start, start], 1)
     tensor = gptq.solve(weight, hessian, QuantConfig(4, 32), GPTQOptions(scales="minmax")).tensor
-    half = refit(weight, hessian, tensor).grid.scales.half()
+    half = refit(weight, hessian, tensor)[0].grid.scales.half()
     steps = torch.tensor(list(itertools.product(range(-2, 3), repeat=2)), dtype=torch.int16)
     losses, kept = exact_losses(weight, hessian, rescaled(tensor, half)), half.float()
     for step in steps:
@@ -144,7 +148,7 @@ def test_scales_that_rounding_would_make_worse_are_kept() -> None:
     moved = (kept != half.float()).any(1)
     assert moved.sum() >= 3
     best = rescaled(tensor, kept)
-    after = refit(weight, hessian, best)
+    after, _ = refit(weight, hessian, best)
     assert torch.equal(after.grid.scales[moved], kept[moved])
 
 
@@ -154,7 +158,7 @@ def test_inputs_never_seen_and_groups_of_zeros_keep_what_they_have() -> None:
     weight[:, 32:64] = 0
     options = GPTQOptions(scales="minmax")
     tensor = gptq.solve(weight, hessian, QuantConfig(4, 32), options).tensor
-    moved = sweep(weight, hessian, refit(weight, hessian, tensor), 64)
+    moved, _ = sweep(weight, hessian, refit(weight, hessian, tensor)[0], 64)
     assert torch.equal(moved.codes[:, :32], tensor.codes[:, :32])
     assert torch.equal(moved.grid.scales[:, 0], tensor.grid.scales[:, 0])
     assert torch.isfinite(moved.grid.scales).all()

@@ -130,24 +130,19 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpt
     diagonal = hessian.diagonal()[order].double()
     added = (damped(diagonal, damp) - diagonal).to(weight.dtype)
     codes, losses = _round_columns(weight, R, grid, (order, added), options.block_size)
-    tensor = _improve(weight, hessian, QuantizedTensor(codes, grid), options)
-    return Solution(tensor, damp, notes, None if options.sweeps else losses)
+    tensor = QuantizedTensor(codes, grid)
+    for index in range(options.sweeps):
+        if index < options.refits:
+            tensor, added = refit(weight, hessian, tensor)
+            losses += added
+        tensor, added = sweep(weight, hessian, tensor, options.block_size)
+        losses += added
+    return Solution(replace(tensor, codes=tensor.codes.contiguous()), damp, notes, losses)
 
 
 def _is_finite(matrix: Tensor) -> bool:
     """Whether there is no NaN and no infinity in it."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(matrix))).all())
-
-
-def _improve(
-    weight: Tensor, hessian: Tensor, tensor: QuantizedTensor, options: GPTQOptions
-) -> QuantizedTensor:
-    """The codes and scales after the sweeps that `options` ask for."""
-    for index in range(options.sweeps):
-        if index < options.refits:
-            tensor = refit(weight, hessian, tensor)
-        tensor = sweep(weight, hessian, tensor, options.block_size)
-    return tensor
 
 
 def _fit(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Grid:
@@ -169,7 +164,8 @@ def _round_columns(
         order_added: the order of the columns, and what is added to the diagonal of H in it.
 
     Returns:
-        Codes (out, in) uint8, and the energy that each row loses, (out,) float64.
+        Codes (out, in) uint8, column by column in memory, and the energy that each row loses,
+        (out,) float64.
     """
     order, added = order_added
     grids = by_column(grid, order)
@@ -191,7 +187,7 @@ def _round_columns(
             results = round_block(block, grids.of(slice(start, end)), errors[start:end])
             codes[order[start:end]] = results[0]
             losses += results[1]
-    return codes.T.contiguous(), losses
+    return codes.T, losses
 
 
 def _spans(weight: Tensor, order: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from quant.grid import LARGEST_SCALE, SMALLEST_SCALE, QuantizedTensor
-from quant.native.products import product
+from quant.native.products import product, product_sums
 
 _ROWS, _NUMBERS = 512, 1 << 23  # at a time: what a group makes of rows stays in the cache; in A
 _RIDGE = 1e-6  # of the mean diagonal of A: codes of two groups may be all but dependent
 
 
-def refit(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> QuantizedTensor:
+def refit(
+    weight: Tensor, hessian: Tensor, tensor: QuantizedTensor
+) -> tuple[QuantizedTensor, Tensor]:
     """Refit all scales to the codes.
 
     Args:
@@ -32,19 +34,20 @@ def refit(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> Quantized
         tensor: codes on their grid, in groups of consecutive columns.
 
     Returns:
-        The same codes; float16-exact scales of the same signs, with no row's loss above what it
-        was.
+        The same codes with float16-exact scales of the same signs, and what that adds to the loss
+        of each row, (out,) float64, never above 0.
     """
     step = min(_ROWS, max(16, _NUMBERS // tensor.grid.scales.shape[1] ** 2))
-    parts = [
+    parts = (
         _refit_rows(weight[rows], hessian, tensor.rows(rows))
         for rows in (slice(start, start + step) for start in range(0, len(weight), step))
-    ]
-    return replace(tensor, grid=replace(tensor.grid, scales=torch.cat(parts)))
+    )
+    scales, added = (torch.cat(column) for column in zip(*parts, strict=True))
+    return replace(tensor, grid=replace(tensor.grid, scales=scales)), added
 
 
-def _refit_rows(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> Tensor:
-    """The scales (rows, groups) of some rows."""
+def _refit_rows(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
+    """The scales (rows, groups) of some rows, and what they add to the losses."""
     old = tensor.grid.scales
     A, b = normal_equations(weight, hessian, tensor)
     diagonal = A.diagonal(dim1=1, dim2=2)
@@ -58,8 +61,8 @@ def _refit_rows(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> Ten
     fitted = torch.where(usable, fitted, old)
     d = fitted.double() - old.double()  # exact
     diagonal.sub_(ridge)
-    falls = ((A @ d[..., None])[..., 0] - 2 * b).mul_(d).sum(1) < 0
-    return torch.where(falls[:, None], fitted, old)
+    added = ((A @ d[..., None])[..., 0] - 2 * b).mul_(d).sum(1)
+    return torch.where(added[:, None] < 0, fitted, old), added.clamp(max=0)
 
 
 def normal_equations(
@@ -69,15 +72,17 @@ def normal_equations(
     rows, groups = tensor.grid.scales.shape
     shape = (groups, -1, rows)  # of the transposes below, group by group
     zeros = tensor.grid.zeros.T[:, None].to(weight.dtype)
-    steps = tensor.codes.T.contiguous().to(weight.dtype).view(shape).sub_(zeros)
+    steps = tensor.codes.T.to(weight.dtype).contiguous().view(shape).sub_(zeros)
     errors = (steps * tensor.grid.scales.T[:, None]).view(-1, rows).sub_(weight.T).neg_()
-    pulls = product(hessian, errors).view(shape)
+    pulls = product(hessian.T, errors).view(shape)
     b = pulls.mul_(steps).sum(1).T.double()
     A = torch.empty(groups, groups, rows, dtype=torch.float64, device=weight.device)
     width = steps.shape[1]
     for group in range(groups):  # the lower triangle, and its mirror
         end = (group + 1) * width
-        onto = product(hessian[:end, end - width : end], steps[group]).view(group + 1, width, rows)
-        A[group, : group + 1] = onto.mul_(steps[: group + 1]).sum(1)
+        columns = hessian[end - width : end, :end].T
+        A[group, : group + 1] = product_sums(
+            columns, steps[group], steps.view(-1, rows)[:end], width
+        )
         A[:group, group] = A[group, :group]
     return A.permute(2, 0, 1).contiguous(), b

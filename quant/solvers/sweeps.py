@@ -13,7 +13,7 @@ q_i(new) is passed on at once,
     v_j = q_j + (E H)_j / H_jj + sum over i < j of d_i H_ij / H_jj ,
 
 the same recursion as GPTQ's own with H in the place of R and d in the place of the errors, so the
-same compiled loop runs it.
+same compiled loop runs it. The changes D of a block add tr D (2 E H + D H) D^T to the loss.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ from quant.native import solving
 from quant.native.products import add_product_, product
 from quant.solvers.columns import by_column, round_block
 
-_ROWS = 512  # rows at a time that are dequantized
 _SPAN, _WIDE = 4, 2048  # blocks that share a product, and inputs from which that gains time
 
 
 def sweep(
     weight: Tensor, hessian: Tensor, tensor: QuantizedTensor, block_size: int
-) -> QuantizedTensor:
+) -> tuple[QuantizedTensor, Tensor]:
     """One pass over all columns, from left to right.
 
     Args:
@@ -44,17 +43,17 @@ def sweep(
         block_size: columns per block between two large products.
 
     Returns:
-        New codes on the same grid; no row loses more than before, up to rounding in float32.
+        New codes on the same grid, column by column in memory; and what they add to the loss of
+        each row, (out,) float64, not above 0 up to rounding in float32.
     """
-    grid = tensor.grid
-    order = torch.arange(weight.shape[1], device=weight.device)
-    grids = by_column(grid, order)
-    codes = tensor.codes.T.contiguous()  # (in, out)
+    grids = by_column(tensor.grid, torch.arange(weight.shape[1], device=weight.device))
+    codes = tensor.codes.T.clone(memory_format=torch.contiguous_format)  # (in, out)
     errors = torch.empty(codes.shape, dtype=weight.dtype, device=weight.device)
-    for start in range(0, len(weight), _ROWS):
-        rows = slice(start, start + _ROWS)
-        errors[:, rows] = (weight[rows] - tensor.rows(rows).dequantize(weight.dtype)).T
+    for start in range(0, len(codes), block_size):
+        block = slice(start, min(start + block_size, len(codes)))
+        errors[block] = weight[:, block].T - _values(codes[block], grids.of(block))
     diagonal = hessian.diagonal()
+    added = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0)  # an input never seen moves nothing
     span = block_size * (_SPAN if len(codes) >= _WIDE else 1)
     for first in range(0, len(codes), span):
@@ -67,18 +66,27 @@ def sweep(
             block = slice(first + start, first + here.stop)
             earlier = slice(first, block.start)
             add_product_(pulls[here], ratio[here, earlier], changes[:start])
-            codes[block] = _round(
-                pulls[here], codes[block], grids.of(block), ratio[here, block], changes[here]
-            )
+            square = ratio[here, block]
+            values = pulls[here].clone()
+            codes[block] = _round(values, codes[block], grids.of(block), square, changes[here])
+            slope = pulls[here].mul_(2)
+            add_product_(slope, square, changes[here])
+            slope.mul_(changes[here]).mul_(diagonal[block, None])
+            added += slope.sum(0, dtype=torch.float64)
         errors[first:last] += changes
-    return replace(tensor, codes=codes.T.contiguous())
+    return replace(tensor, codes=codes.T), added
 
 
 def _round(
     pulls: Tensor, codes: Tensor, grids: solving.Grids, ratio: Tensor, changes: Tensor
 ) -> Tensor:
     """The new codes of a block of columns; fills `changes` with what that takes off its values."""
-    before = grids.scales[grids.groups] * (codes - grids.zeros[grids.groups])
+    before = _values(codes, grids)
     unjudged = before.new_zeros(2, len(before))
     block = solving.Block(pulls.add_(before), before, ratio.T, unjudged)
     return round_block(block, grids, changes)[0]
+
+
+def _values(codes: Tensor, grids: solving.Grids) -> Tensor:
+    """The values of codes (columns, rows)."""
+    return grids.scales[grids.groups] * (codes - grids.zeros[grids.groups])
