@@ -67,17 +67,23 @@ def _stream(
     return stream
 
 
-def advice(windows: Tensor, widest: int, python_only: bool) -> str:
+def advice(windows: Tensor, widest: int, positions: int, python_only: bool) -> str:
     """One line on a choice of windows (windows, tokens) that is known to be poor, or "".
 
     Args:
         windows: what was chosen.
         widest: the most inputs of a linear.
+        positions: for how many tokens the model was made, max_position_embeddings.
         python_only: the text is Python code; docs/accuracy.md has what that costs on prose.
     """
     length, tokens = windows.shape[1], windows.numel()
     if length < _SHORT:
         return f"windows of {length} tokens hold little context; use a --seq-len of 512 or more"
+    if length > positions:
+        return (
+            f"windows of {length} tokens are longer than the {positions} the model was made for; "
+            f"use a --seq-len of {positions} at most"
+        )
     if tokens < widest:
         return f"{tokens} calibration tokens for {widest} inputs of a linear; use more --samples"
     if python_only:

@@ -201,10 +201,11 @@ def test_a_source_without_network_names_the_way_out(
 
 def test_one_line_of_advice_for_a_poor_choice() -> None:
     def told(windows: int, length: int, python_only: bool = False) -> str:
-        return advice(torch.zeros(windows, length, dtype=torch.long), 1536, python_only)
+        return advice(torch.zeros(windows, length, dtype=torch.long), 1536, 4096, python_only)
 
     assert told(32, 512) == ""
     assert "windows of 2 tokens hold little context" in told(100_000, 2)
     assert told(2, 512) == "1024 calibration tokens for 1536 inputs of a linear; use more --samples"
     assert "accuracy on prose" in told(32, 512, True)
+    assert told(32, 4096) == "" and "longer than the 4096 the model was made for" in told(9, 4097)
     assert "1024 calibration tokens" in told(2, 512, True)  # one line, the worst first

@@ -205,7 +205,7 @@ def _advise(windows: Any, llama: Any, python_only: bool) -> None:
     from quant.geometry import linear_shapes
 
     widest = max(width for _, width in linear_shapes(llama).values())
-    if line := advice(windows, widest, python_only):
+    if line := advice(windows, widest, llama.max_position_embeddings, python_only):
         print(f"note: {line}", flush=True)
 
 
