@@ -89,7 +89,8 @@ def _wanted(file: Path, new: NewTokens, known: dict[str, int], size: int) -> dic
     if new.pad is not None and new.pad not in ids:
         if new.pad not in known:
             raise ValueError(
-                f"{file}: pad token {new.pad!r} is not in the vocabulary; add it with --add-token"
+                f"{file.name}: pad token {new.pad!r} is not in the vocabulary; "
+                "add it with --add-token"
             )
         ids[new.pad] = known[new.pad]
     return ids

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from quant.llama.config import LlamaConfig
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights may be
 
 
@@ -118,3 +120,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def module_names(names: Iterable[str], suffix: str) -> list[str]:
     """Names ending in `suffix`, without it."""
     return [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+
+
+def llama_config(reader: CheckpointReader) -> LlamaConfig:
+    """The geometry of a checkpoint.
+
+    Raises:
+        ValueError: as `LlamaConfig.from_dict`, naming the checkpoint too.
+    """
+    try:
+        return LlamaConfig.from_dict(reader.config)
+    except ValueError as error:
+        raise ValueError(f"{reader.path}: {error}") from None

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from quant.added_tokens import NewTokens, add_to_tokenizer, grow
-from quant.checkpoint import CheckpointReader, read_json
+from quant.checkpoint import CheckpointReader, llama_config, read_json
 from quant.formats import FORMATS
 from quant.layer_reader import check_headers
-from quant.llama.config import LlamaConfig
 from quant.output import refuse_overlap, whole_folder
 from quant.sources import meta, open_checkpoint
 from quant.stream_writer import StreamWriter
@@ -77,7 +76,7 @@ def _with_tokens(folder: Path, config: dict[str, Any], new: NewTokens) -> dict[s
 def open_float(source: str | Path) -> CheckpointReader:
     """An opened float checkpoint; ValueError for a quantized one."""
     reader = open_checkpoint(source)
-    llama = LlamaConfig.from_dict(reader.config)
+    llama = llama_config(reader)
     form = next((name for name, form in FORMATS.items() if form.matches(reader)), None)
     if form:
         raise ValueError(

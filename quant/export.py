@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.checkpoint import CheckpointReader, coarse_linear
+from quant.checkpoint import CheckpointReader, coarse_linear, llama_config
 from quant.config import QuantConfig
 from quant.formats import FORMATS, autogptq, compressed_tensors, float_folder, gguf
 from quant.formats.gguf_vocabulary import vocabulary
@@ -52,7 +52,7 @@ class Source:
         reader = open_checkpoint(path)
         form = next((form for form in FORMATS.values() if form.matches(reader)), None)
         config = form.quant_config(reader) if form else None
-        llama = LlamaConfig.from_dict(reader.config)
+        llama = llama_config(reader)
         if form is None:
             check_headers(reader, llama)
         return cls(reader, llama, form, config)

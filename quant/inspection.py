@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from quant.checkpoint import CheckpointReader, StoredType, coarse_linear, module_names
+from quant.checkpoint import CheckpointReader, StoredType, coarse_linear, llama_config, module_names
 from quant.config import QuantConfig
 from quant.formats import FORMATS
 from quant.formats.gguf_vocabulary import vocabulary
@@ -28,7 +28,7 @@ def describe(path: Path) -> dict[str, str]:
         ValueError: not a Llama checkpoint, or damaged.
     """
     reader = open_checkpoint(path)
-    llama = LlamaConfig.from_dict(reader.config)
+    llama = llama_config(reader)
     linears = (
         sum(out * width for out, width in linear_shapes(llama).values()) * llama.num_hidden_layers
     )
@@ -101,7 +101,7 @@ def will_it_load(path: Path) -> list[Verdict]:
         ValueError: not a Llama checkpoint, or damaged.
     """
     reader = open_checkpoint(path)
-    llama = LlamaConfig.from_dict(reader.config)
+    llama = llama_config(reader)
     form = _form(reader)
     method = {"huggingface": "float"}.get(form, form)
     if form == "autogptq":

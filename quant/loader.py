@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quant.checkpoint import CheckpointReader, check_float
+from quant.checkpoint import CheckpointReader, check_float, llama_config
 from quant.formats import FORMATS
 from quant.grid import QuantizedTensor
 from quant.kernels import choose
 from quant.linear import QuantLinear
-from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, MERGED_NAMES, Linear, Llama
 from quant.llama.tokenizer import Tokenizer
 from quant.sources import open_checkpoint, open_tokenizer
@@ -78,7 +77,7 @@ def load_model(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; there are {', '.join(_DTYPES)}")
     reader = open_checkpoint(path)
-    config = LlamaConfig.from_dict(reader.config)
+    config = llama_config(reader)
     with torch.device("meta"):
         model = Llama(config)
     linears = _QuantLinears(model, choose(place, backend), place, precision)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from calib.sampling import check_windows
 from quant import distributed
-from quant.checkpoint import CheckpointReader, coarse_linear
+from quant.checkpoint import CheckpointReader, coarse_linear, llama_config
 from quant.checkpoint_writer import CheckpointWriter
 from quant.config import QuantConfig
 from quant.fingerprint import fingerprint
@@ -191,6 +191,6 @@ def open_float(path: Path) -> tuple[CheckpointReader, LlamaConfig]:
             "better give the float checkpoint it was made from",
             stacklevel=1,
         )
-    llama = LlamaConfig.from_dict(reader.config)
+    llama = llama_config(reader)
     check_headers(reader, llama)
     return reader, llama
