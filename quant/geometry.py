@@ -60,19 +60,19 @@ def stored_bytes(
     """
     shapes = linear_shapes(llama)
     inside = sum(
-        out * width * _bytes_per_weight(config.of(f"model.layers.{layer}.{name}"), width)
+        out * width * bits_per_weight(config.of(f"model.layers.{layer}.{name}"), width) / 8
         for layer in range(llama.num_hidden_layers)
         for name, (out, width) in shapes.items()
     )
     head = 0.0 if llama.tie_word_embeddings else weight_bytes
     if config.has_head:
-        head = _bytes_per_weight(config.of("lm_head"), llama.hidden_size)
+        head = bits_per_weight(config.of("lm_head"), llama.hidden_size) / 8
     return inside, llama.vocab_size * llama.hidden_size * (weight_bytes + head)
 
 
-def _bytes_per_weight(config: QuantConfig, in_features: int) -> float:
-    """With its share of scale and zero."""
-    return config.bits / 8 + (2 + config.bits / 8) / config.width(in_features)
+def bits_per_weight(config: QuantConfig, in_features: int) -> float:
+    """Stored bits of a weight, with its share of a float16 scale and a zero."""
+    return config.bits + (16 + config.bits) / config.width(in_features)
 
 
 def _shape(name: str, llama: LlamaConfig, kinds: dict[str, tuple[int, int]]) -> tuple[int, int]:

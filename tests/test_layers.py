@@ -16,8 +16,8 @@ LAYERS = [
     ["quant.pipeline", "quant.loader", "quant.evaluate", "quant.bench", "quant.export"]
     + ["quant.convert", "quant.publishing"],
     ["quant.tuning"],
-    ["quant.layer_loop"],
-    ["quant.distill"],
+    ["quant.layer_loop", "quant.bit_choice"],
+    ["quant.distill", "quant.sensitivity"],
     ["quant.resume", "quant.follower", "quant.run_options", "quant.model_card", "quant.plan"]
     + ["quant.report_page"],
     ["quant.linear", "quant.report", "quant.verification", "quant.contenders"]

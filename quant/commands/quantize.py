@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from quant import distributed
+from quant.commands import grids
 from quant.commands.options import (
     BUNDLED,
     Device,
@@ -37,6 +38,7 @@ from quant.commands.quantize_options import (
     Solver,
     Source,
     Symmetric,
+    TargetBpw,
 )
 
 
@@ -52,6 +54,7 @@ def quantize(
     group_size: GroupSize = None,
     sym: Symmetric = True,
     lm_head_bits: HeadBits = None,
+    target_bpw: TargetBpw = None,
     calib: Calibration = None,
     samples: Samples = 128,
     seq_len: Length = None,
@@ -80,8 +83,8 @@ def quantize(
         check_push(push)
     device = resolve_device(device)
     reader, llama = open_float(model)
-    size = _usual_group_size(llama) if group_size is None else group_size
-    config = _grid(llama, QuantConfig(bits, size, sym), lm_head_bits, target)
+    size = grids.usual_group_size(llama) if group_size is None else group_size
+    config = grids.common(llama, QuantConfig(bits, size, sym), lm_head_bits, target)
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
     output = output or Path(f"{_name(model)}-w{bits}-{group}")
     refuse_overlap(model, output)
@@ -95,6 +98,11 @@ def quantize(
     data = f"{windows.numel()} tokens of {told}"
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
     _advise(windows, llama, sources == ["stdlib"] and model.resolve() != BUNDLED)
+    if target_bpw is not None:
+        config = distributed.from_first(
+            lambda: grids.finer(reader, llama, windows, config, target_bpw, device)
+        )
+        grids.check_target(target, llama, config)
     mine = windows[distributed.share(len(windows), 0)]  # of one process
     shape, storage = (len(mine), mine.shape[1]), _storage(hidden, spill)
     job = job_of(reader, llama, config, shape, solver_options, storage)
@@ -115,39 +123,6 @@ def quantize(
 def _name(model: Path) -> str:
     """The name of a folder, or of a file without its ending."""
     return model.stem if model.is_file() else model.resolve().name
-
-
-def _grid(llama: Any, config: Any, lm_head_bits: int | None, target: str | None) -> Any:
-    """The grids of all linears, which the model, the format and the target runtime can have."""
-    from quant.geometry import check_shapes
-
-    if lm_head_bits is not None:
-        config = replace(config, modules=(("lm_head", replace(config, bits=lm_head_bits)),))
-    check_shapes(llama, config)
-    if target:
-        _check_target(target, llama, config)
-    return config
-
-
-def _usual_group_size(llama: Any) -> int:
-    """128, or what divides every linear; says so if it is another one."""
-    from quant.geometry import usual_group_size
-
-    size = usual_group_size(llama)
-    if size != 128:
-        print(f"group size 128 does not divide every linear of this model; using {size}")
-    return size
-
-
-def _check_target(target: str, llama: Any, config: Any) -> None:
-    """Refuse what the target runtime would not load."""
-    from quant.geometry import linear_shapes
-    from quant.runtimes import check_target
-
-    shapes = {f"model.layers.*.{name}": shape for name, shape in linear_shapes(llama).items()}
-    if config.has_head:
-        shapes["lm_head"] = llama.vocab_size, llama.hidden_size
-    check_target(target, config, shapes)
 
 
 def _solver_options(solver: str, effort: str, act_order: bool, damp: float) -> Any:

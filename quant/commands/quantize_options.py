@@ -46,6 +46,16 @@ HeadBits = Annotated[
         show_default=False,
     ),
 ]
+TargetBpw = Annotated[
+    float | None,
+    typer.Option(
+        help="Stored bits per weight, scales and zeros included, as 4.25: the linears that gain "
+        "most, by a pass over 2048 tokens, get smaller groups or more bits than --group-size and "
+        "--bits. GPTQModel, vLLM and SGLang load such files. Default: the same grid for all.",
+        rich_help_panel=GRID,
+        show_default=False,
+    ),
+]
 Symmetric = Annotated[
     bool,
     typer.Option("--sym/--asym", help="Fixed zero, or one per group.", rich_help_panel=GRID),

@@ -59,9 +59,9 @@ class _Linear(torch.autograd.Function):
         return product(x, weight.T)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        return product(slope, weight), product(slope.T, x)
+        return product(slope, weight), product(slope.T, x) if ctx.needs_input_grad[1] else None
 
 
 def add_product_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:

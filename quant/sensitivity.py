@@ -1,0 +1,147 @@
+"""Which linears lose most by coarse grids: the forecast of `--target-bpw` (quant.bit_choice).
+
+To second order, an error D of a linear's weight moves the predictions by
+
+    KL = 1/2 mean over tokens t of (g_t . D x_t)^2 ,
+
+where x_t is the linear's input and g_t the gradient of the log-likelihood of tokens drawn from the
+model's own predictions (the Fisher information). Taking inputs and gradients as uncorrelated, as
+K-FAC does (arXiv 1503.05671), and both as uncorrelated among their own entries,
+
+    KL = 1/2 sum over rows r and inputs j of  mean g_r^2  D_rj^2  mean x_j^2 ,
+
+which needs no more than one forward and one backward pass of the float model over a few windows,
+layer by layer: of every layer the input is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.checkpoint import CheckpointReader
+from quant.config import QuantConfig
+from quant.grid import QuantizedTensor, nearest_codes
+from quant.layer_reader import LayerReader, build_layer
+from quant.llama.config import LlamaConfig
+from quant.llama.model import LINEAR_GROUPS, DecoderLayer, RMSNorm
+from quant.native.products import product
+from quant.solvers.scale_search import fit_weighted
+
+TOKENS = 2048  # of the windows that are looked at; one window at least
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Linears that share an input, and must share a grid.
+
+    Attributes:
+        names: of the linears.
+        shapes: (out, in) of each.
+        losses: the KL per token, in nats, that each candidate grid is expected to cost.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    losses: tuple[float, ...]
+
+
+class _Moments:
+    """mean x_j^2 and mean g_r^2 of every linear of a layer, gathered as it runs."""
+
+    def __init__(self, layer: DecoderLayer, tokens: int) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.slopes: dict[str, Tensor] = {}
+        self._tokens = tokens
+        for group in LINEAR_GROUPS:
+            for name in group:
+                linear = layer.linear(name)
+                linear.register_forward_hook(lambda *call, name=name: self._take(name, *call[1:]))
+
+    def _take(self, name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.inputs[name] = self._mean_square(inputs[0].detach())
+        output.register_hook(lambda slope: self.slopes.update({name: self._mean_square(slope)}))
+
+    def _mean_square(self, rows: Tensor) -> Tensor:
+        return rows.flatten(0, -2).square().sum(0) / self._tokens
+
+
+def sensitivities(
+    reader: CheckpointReader,
+    llama: LlamaConfig,
+    windows: Tensor,
+    candidates: list[QuantConfig],
+    device: torch.device,
+) -> list[Sensitivity]:
+    """What each candidate grid would cost in each group of linears, from the last layer to the
+    first.
+
+    Args:
+        windows: (windows, tokens) int64 ids; the first TOKENS of them are looked at.
+    """
+    windows = windows[: max(1, TOKENS // windows.shape[1])]
+    layers = LayerReader(reader, llama)
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = [reader.tensor("model.embed_tokens.weight")[windows].to(device, torch.float32)]
+        for index in range(llama.num_hidden_layers):
+            layer = build_layer(llama, layers.take(index), device)
+            inputs.append(layer(inputs[-1]))
+        slope = _slope(reader, llama, inputs.pop())
+        found: list[Sensitivity] = []
+        for index in reversed(range(llama.num_hidden_layers)):
+            layer = build_layer(llama, layers.take(index), device).requires_grad_(False)
+            moments = _Moments(layer, windows.numel())
+            with torch.enable_grad():
+                x = inputs.pop().requires_grad_()
+                layer(x).backward(slope)
+            assert x.grad is not None
+            slope = x.grad
+            found += [_judge(layer, index, group, moments, candidates) for group in LINEAR_GROUPS]
+    return found
+
+
+def _slope(reader: CheckpointReader, llama: LlamaConfig, x: Tensor) -> Tensor:
+    """The gradient to the last layer's output x (windows, tokens, hidden) of the log-likelihood of
+    tokens drawn from the predictions, summed over tokens.
+    """
+    norm = RMSNorm(llama.hidden_size, llama.rms_norm_eps)
+    norm.weight = torch.nn.Parameter(reader.tensor("model.norm.weight").to(x.device, x.dtype))
+    tied = llama.tie_word_embeddings
+    head = reader.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+    head = head.to(x.device, x.dtype)
+    generator = torch.Generator().manual_seed(_SEED)
+    with torch.enable_grad():
+        x = x.requires_grad_()
+        normed = norm(x)
+    slopes = []
+    for window in normed.detach():  # the logits of one at a time
+        p = torch.softmax(product(window, head.T), -1)
+        drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(x.device)
+        slopes.append(product(p.scatter_add_(1, drawn, -torch.ones_like(p[:, :1])), head))
+    normed.backward(torch.stack(slopes))
+    assert x.grad is not None
+    return x.grad
+
+
+def _judge(
+    layer: DecoderLayer,
+    index: int,
+    group: tuple[str, ...],
+    moments: _Moments,
+    candidates: list[QuantConfig],
+) -> Sensitivity:
+    """What the candidates cost in linears that share an input."""
+    losses = [0.0] * len(candidates)
+    weights = {name: layer.linear(name).weight for name in group}
+    for name, weight in weights.items():
+        seen, slope = moments.inputs[name], moments.slopes[name]
+        for at, config in enumerate(candidates):
+            grid = fit_weighted(weight, seen, config, signed=config.symmetric)
+            error = weight - QuantizedTensor(nearest_codes(weight, grid), grid).dequantize()
+            losses[at] += 0.5 * float((error.square_() @ seen).double() @ slope.double())
+    names = tuple(f"model.layers.{index}.{name}" for name in group)
+    shapes = tuple((len(weight), weight.shape[1]) for weight in weights.values())
+    return Sensitivity(names, shapes, tuple(losses))
