@@ -24,12 +24,13 @@ from quant.llama.model import LINEAR_GROUPS
 from quant.loader import load_model
 from quant.sensitivity import Sensitivity, sensitivities
 from quant.solvers.scale_search import fit_weighted
-from quant.sources import open_checkpoint
+from quant.sources import open_checkpoint, open_tokenizer
 from tests.test_cli import cli
 
 Make = Callable[..., Path]
 GRIDS = [QuantConfig(4, 128), QuantConfig(4, 64), QuantConfig(4, 32), QuantConfig(8, 128)]
 CPU = torch.device("cpu")
+BUNDLED = Path(__file__).parents[1] / "quant/bundled"
 
 
 def literal(folder: Path, windows: Tensor, grid: QuantConfig) -> dict[str, float]:
@@ -198,3 +199,30 @@ def test_the_command_writes_a_plain_mixed_checkpoint(tmp_path: Path) -> None:
     refused = cli("quantize", "--output", tmp_path / "no", "--target-bpw", 4, cwd=tmp_path)
     assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
     assert "take 4.156 per weight" in refused.stderr and not (tmp_path / "no").exists()
+
+
+@torch.no_grad()
+def test_the_forecast_is_what_rounding_costs() -> None:
+    """One group of the bundled model after another is rounded to nearest, and its KL measured on
+    text of which the forecast knows nothing.
+    """
+    reader, grid = open_checkpoint(BUNDLED), QuantConfig(4, 128)
+    text = (BUNDLED / "heldout.txt").read_text(encoding="utf-8")
+    windows = torch.tensor(open_tokenizer(BUNDLED).encode(text)[: 12 * 256]).view(12, 256)
+    found = sensitivities(reader, llama_config(reader), windows[:6], [grid], CPU)
+    model = load_model(BUNDLED)
+    exact = model(windows[6:]).float().log_softmax(-1)
+    for unit in found:
+        weights = {name: model.get_submodule(name).weight for name in unit.names}
+        kept = {name: weight.clone() for name, weight in weights.items()}
+        for weight in weights.values():
+            ones = torch.ones(weight.shape[1])
+            fitted = fit_weighted(weight.float(), ones, grid, signed=True)
+            weight.copy_(
+                QuantizedTensor(nearest_codes(weight.float(), fitted), fitted).dequantize()
+            )
+        rounded = model(windows[6:]).float().log_softmax(-1)
+        divergence = float((exact.exp() * (exact - rounded)).sum(-1).mean())
+        assert 0.5 < unit.losses[0] / divergence < 2, unit.names
+        for name, weight in weights.items():
+            weight.copy_(kept[name])
