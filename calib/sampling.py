@@ -103,6 +103,8 @@ def check_windows(windows: Tensor, attention_mask: Tensor | None, vocab_size: in
     Raises:
         ValueError: a shape is wrong, an id is outside the vocabulary, or padding is elsewhere.
     """
+    if not isinstance(windows, Tensor) or windows.is_floating_point():
+        raise ValueError("calibration windows: expected a tensor (windows, tokens) of integer ids")
     if windows.dim() != 2 or not windows.numel():
         raise ValueError(
             f"calibration windows: shape {tuple(windows.shape)}, expected (windows, tokens), "
@@ -116,6 +118,8 @@ def check_windows(windows: Tensor, attention_mask: Tensor | None, vocab_size: in
     if attention_mask is None:
         return None
     mask = attention_mask.bool()
+    if not torch.equal(mask.to(attention_mask.dtype), attention_mask) or not mask.any():
+        raise ValueError("attention_mask: expected 1 for tokens and 0 for padding, not 0 only")
     if mask.shape != windows.shape:
         raise ValueError(
             f"attention_mask: shape {tuple(mask.shape)}, but windows have {tuple(windows.shape)}"

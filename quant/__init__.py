@@ -16,6 +16,7 @@ from typing import Any
 _PUBLIC = {
     "QuantConfig": "quant.config",
     "GPTQOptions": "quant.solvers.gptq",
+    "EFFORTS": "quant.solvers.gptq",
     "RTNOptions": "quant.solvers.rtn",
     "RunOptions": "quant.run_options",
     "quantize_checkpoint": "quant.pipeline",

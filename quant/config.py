@@ -34,6 +34,8 @@ class QuantConfig:
             raise ValueError(
                 f"bits {self.bits} is not supported; choose one of {', '.join(map(str, BITS))}"
             )
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric is {self.symmetric!r}; it must be True or False")
         size = self.group_size
         if not isinstance(size, int) or (size != -1 and (size <= 0 or size % 32)):
             raise ValueError(

@@ -23,6 +23,8 @@ def evaluation_ids(tokenizer: Tokenizer, data: str) -> tuple[Tensor, dict[str, A
     Raises:
         ValueError: the file is missing or empty, or wikitext2 cannot be downloaded.
     """
+    if not data.strip():
+        raise ValueError("evaluation text: its name is empty; give wikitext2 or a text file")
     if data == "wikitext2" and not Path(data).exists():
         text = "".join(wikitext2.documents("test"))
     else:

@@ -86,7 +86,8 @@ def refuse_existing(path: Path, overwrite: bool, folder: bool) -> None:
 def existing(path: Path, overwrite: bool, folder: bool) -> str:
     """What to say where `path` exists and may not be replaced by a folder, or a file, else ""."""
     if not path.exists():
-        return ""
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        return "" if above.is_dir() else f"{path}: {above} is a file, no folder; choose another"
     if not overwrite:
         return f"{path}: exists already; choose another --output or pass --overwrite"
     if found := _foreign(path, folder):

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from calib.sampling import check_windows
 from quant import distributed
-from quant.checkpoint import CheckpointReader, coarse_linear, llama_config
+from quant.checkpoint import CheckpointReader, llama_config
 from quant.checkpoint_writer import CheckpointWriter
 from quant.config import QuantConfig
 from quant.fingerprint import fingerprint
 from quant.follower import Follower, NoWriter
-from quant.formats import FORMATS
+from quant.formats import FORMATS, refuse_quantized
 from quant.geometry import check_shapes
 from quant.layer_loop import Run, copy_plain, layers
 from quant.layer_reader import DamagedLayer, check_headers, check_plain
@@ -68,7 +68,8 @@ def quantize_checkpoint(
         output: folder to make; it appears whole at the end, or not at all.
         windows: (windows, tokens) int64 token ids to calibrate on.
         config: bits, group size, symmetric; linears with another grid, and whether the head is one.
-        solver: the options of one of SOLVERS; their class says which.
+        solver: the options of one of SOLVERS; their class says which. The command line's are
+            EFFORTS["balanced"]; those of GPTQOptions() leave out what takes more time.
         run_options: device, resume, memory, progress.
         attention_mask: (windows, tokens), 0 for padding, which must be on the right.
 
@@ -178,12 +179,7 @@ def open_float(path: Path) -> tuple[CheckpointReader, LlamaConfig]:
     """
     reader = open_checkpoint(path)
     rounded = {name: type for name, type in reader.stored_types().items() if type.rounded}
-    coarse = coarse_linear(reader)
-    if coarse or any(form.matches(reader) for form in FORMATS.values()):
-        what = f" ({coarse} is {rounded[coarse].name})" if coarse else ""
-        raise ValueError(
-            f"{path}: is quantized already{what}; give the float checkpoint it was made from"
-        )
+    refuse_quantized(reader, "give the float checkpoint it was made from")
     if rounded:
         names = ", ".join(sorted({type.name for type in rounded.values()}))
         warnings.warn(  # told once: stacklevel 1 is the same place for every caller

@@ -12,7 +12,7 @@ import torch
 from calib import capture
 from calib.hessian import Hessian
 from calib.hidden import HiddenStates, Storage
-from calib.sampling import advice, token_windows
+from calib.sampling import advice, check_windows, token_windows
 from calib.sources import SOURCES, documents, stdlib
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
@@ -197,6 +197,20 @@ def test_a_source_without_network_names_the_way_out(
     with pytest.raises(ValueError, match=f"{name}: cannot be downloaded .*give a local"):
         list(SOURCES[name]())
     assert not caplog.records  # no line for each retry
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(2, 4), torch.full((2, 4), 3), torch.full((2, 4), torch.nan)]
+)
+def test_a_mask_is_of_zeros_and_ones_and_has_tokens(mask: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="expected 1 for tokens and 0 for padding"):
+        check_windows(torch.ones(2, 4, dtype=torch.long), mask, 9)
+
+
+@pytest.mark.parametrize("windows", [torch.ones(2, 4), [[1, 2]]])
+def test_windows_are_a_tensor_of_ids(windows: object) -> None:
+    with pytest.raises(ValueError, match="expected a tensor"):
+        check_windows(windows, None, 9)  # type: ignore[arg-type]
 
 
 def test_one_line_of_advice_for_a_poor_choice() -> None:

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cli
+from calib.sources import documents
 from quant.config import QuantConfig
+from quant.loader import load_model
 
 Make = Callable[..., Path]
 QUANTIZE = ["quantize", "--model", "tiny"]
@@ -42,6 +44,15 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "group": (
         [*QUANTIZE, "--group-size", "1024"],
         "in_features 128 is not divisible by group_size 1024; choose 64, 32, or -1",
+    ),
+    "seed": ([*QUANTIZE, "--seed", "9" * 30], "Invalid value for '--seed'"),
+    "sampling seed": ([*GENERATE, "--seed", "-1"], "Invalid value for '--seed'"),
+    "no source": ([*QUANTIZE, "--calib", ""], "calibration text: a name is empty"),
+    "no text": ([*EVAL[:3], "--data", ""], "evaluation text: its name is empty"),
+    "head": ([*QUANTIZE, "--lm-head-bits", "5"], "--lm-head-bits 5: choose one of 2, 3, 4, 8"),
+    "file as folder": (
+        [*QUANTIZE, "--output", "text.txt/new"],
+        "text.txt is a file, no folder; choose another",
     ),
     "push": ([*QUANTIZE, "--push", ""], "--push"),
 }
@@ -99,6 +110,33 @@ def test_a_dtype_that_weights_have_not(
         sys.argv = ["cli.py", *QUANTIZE, *small]
         cli.main()
     assert f"error: {told}" in capsys.readouterr().err
+
+
+def test_a_reference_that_is_quantized(
+    quantized: Make, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = quantized(QuantConfig(4, 64))
+    compare = ["eval", "--model", str(folder), "--data", "text.txt", "--reference", str(folder)]
+    told = "out: is quantized already; give the float checkpoint to compare with"
+    assert told in refusal(compare, capsys)
+
+
+def test_a_model_wants_rows_of_ids(make_checkpoint: Make) -> None:
+    model = load_model(make_checkpoint())
+    for ids in (torch.ones(4, dtype=torch.long), torch.ones(1, 0, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"expected \(batch, tokens\)"):
+            model(ids)
+
+
+def test_text_in_jsonl_is_a_string(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
+    with pytest.raises(ValueError, match=r'a.jsonl:2: expected a JSON object with a "text" field'):
+        list(documents([str(tmp_path / "a.jsonl")]))
+
+
+def test_symmetric_is_true_or_false() -> None:
+    with pytest.raises(ValueError, match="symmetric is 'no'; it must be True or False"):
+        QuantConfig(symmetric="no")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bits", [4.0, "4", True, 5])

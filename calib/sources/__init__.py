@@ -18,7 +18,13 @@ SOURCES: dict[str, Callable[[], Iterable[str]]] = {
 
 
 def documents(calib: Sequence[str]) -> Iterable[str]:
-    """Texts of one named source, or of local files and folders."""
+    """Texts of one named source, or of local files and folders.
+
+    Raises:
+        ValueError: a name is empty, or as `text_files.documents`.
+    """
+    if not all(name.strip() for name in calib):
+        raise ValueError("calibration text: a name is empty; give a file or a source")
     if len(calib) == 1 and calib[0] in SOURCES and not Path(calib[0]).exists():
         return SOURCES[calib[0]]()
     return text_files.documents([Path(name) for name in calib])

@@ -59,11 +59,13 @@ def _read_jsonl(file: Path) -> Iterator[str]:
                 continue
             try:
                 text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f'{file}:{number}: expected a JSON object with a "text" field'
                 ) from None
-            yield str(text)
+            yield text
 
 
 def _read_parquet(file: Path) -> Iterator[str]:
@@ -73,5 +75,5 @@ def _read_parquet(file: Path) -> Iterator[str]:
         table = pyarrow.parquet.ParquetFile(file)
         for batch in table.iter_batches(columns=["text"], batch_size=64):
             yield from (text for text in batch.column(0).to_pylist() if text)
-    except (pyarrow.ArrowException, IndexError, KeyError) as error:
-        raise ValueError(f'{file}: not a parquet file with a "text" column ({error})') from None
+    except (pyarrow.ArrowException, IndexError, KeyError):
+        raise ValueError(f'{file}: not a parquet file with a "text" column') from None

@@ -65,18 +65,21 @@ def evaluate(
     """
     from quant.evaluate import evaluate
     from quant.evaluation_text import evaluation_ids, protocol
+    from quant.formats import refuse_quantized
     from quant.loader import load_model
     from quant.model_card import write_card
     from quant.output import last_output
     from quant.progress import window_bar
     from quant.report import float_origin
-    from quant.sources import open_tokenizer
+    from quant.sources import open_checkpoint, open_tokenizer
 
     model = model or last_output()
     reference = reference or float_origin(model)
+    if reference:
+        refuse_quantized(open_checkpoint(reference), "give the float checkpoint to compare with")
     tokenizer = open_tokenizer(model)
     loaded = load_model(model, device, dtype, precision=precision)
-    ids, facts = evaluation_ids(tokenizer, data or _usual_text(model, reference))
+    ids, facts = evaluation_ids(tokenizer, _usual_text(model, reference) if data is None else data)
     window = window or min(2048, loaded.config.max_position_embeddings)
     origin = load_model(reference, device, dtype, precision="exact") if reference else None
     with window_bar() as on_window:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quant.commands.options import Device, Dtype, Model, Precision
+from quant.commands.options import LARGEST_SEED, Device, Dtype, Model, Precision
 
 SAMPLING = "Sampling"
 Tokens = Annotated[
@@ -18,7 +18,10 @@ Temperature = Annotated[
 TopP = Annotated[
     float, typer.Option(help="Probability mass to sample from, 0 to 1.", rich_help_panel=SAMPLING)
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the sampling.", rich_help_panel=SAMPLING)]
+Seed = Annotated[
+    int,
+    typer.Option(help="Seed of the sampling.", min=0, max=LARGEST_SEED, rich_help_panel=SAMPLING),
+]
 
 
 def generate(

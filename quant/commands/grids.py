@@ -8,9 +8,14 @@ from typing import Any
 
 def common(llama: Any, config: Any, lm_head_bits: int | None, target: str | None) -> Any:
     """The grids of all linears, which the model, the format and the target runtime can have."""
+    from quant.config import BITS
     from quant.geometry import check_shapes
 
     if lm_head_bits is not None:
+        if lm_head_bits not in BITS:
+            raise ValueError(
+                f"--lm-head-bits {lm_head_bits}: choose one of {', '.join(map(str, BITS))}"
+            )
         config = replace(config, modules=(("lm_head", replace(config, bits=lm_head_bits)),))
     check_shapes(llama, config)
     check_target(target, llama, config)

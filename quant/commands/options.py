@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 BUNDLED = Path(__file__).parents[1] / "bundled"
+LARGEST_SEED = (1 << 63) - 1  # that torch takes
 INPUT, OUTPUT, RUNTIME = "Input", "Output", "Runtime"
 
 Model = Annotated[

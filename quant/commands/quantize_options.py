@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quant.commands.options import INPUT, OUTPUT
+from quant.commands.options import INPUT, LARGEST_SEED, OUTPUT
 
 GRID, CALIBRATION, SOLVING = "Grid", "Calibration", "Solving"
 Source = Annotated[
@@ -78,7 +78,10 @@ Length = Annotated[
     ),
 ]
 Seed = Annotated[
-    int, typer.Option(help="Seed of the choice of windows.", rich_help_panel=CALIBRATION)
+    int,
+    typer.Option(
+        help="Seed of the choice of windows.", min=0, max=LARGEST_SEED, rich_help_panel=CALIBRATION
+    ),
 ]
 Solver = Annotated[
     str, typer.Option(help="gptq, or rtn (round to nearest).", rich_help_panel=SOLVING)

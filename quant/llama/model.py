@@ -198,7 +198,12 @@ class Llama(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) int64 -> logits (B, T, vocab_size) float32; with a cache, ids follow the
         cached tokens.
+
+        Raises:
+            ValueError: ids have another shape.
         """
+        if ids.dim() != 2 or not ids.numel():
+            raise ValueError(f"ids have shape {tuple(ids.shape)}; expected (batch, tokens)")
         return self.lm_head(self.model(ids, cache)).float()
 
     def generate(
