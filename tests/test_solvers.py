@@ -131,3 +131,33 @@ def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="scales 'best' is unknown"):
         GPTQOptions(scales="best")
     assert dataclasses.asdict(GPTQOptions())["damp"] == 0.01
+
+
+@pytest.mark.parametrize("steps", [{}, {"sweeps": 1, "refits": 1}])
+def test_a_shrunk_hessian_is_one_with_a_larger_diagonal(steps: dict[str, int]) -> None:
+    weight, hessian = problem(24, 96, 3)
+    before, config = hessian.clone(), QuantConfig(4, 32)
+    shrunk = gptq.solve(weight, hessian, config, GPTQOptions(shrink=0.25, **steps)).tensor
+    assert torch.equal(hessian, before)
+    other = hessian.clone()
+    other.diagonal().mul_(4 / 3)
+    assert torch.equal(
+        gptq.solve(weight, other, config, GPTQOptions(**steps)).tensor.codes, shrunk.codes
+    )
+    plain = gptq.solve(weight, hessian, config, GPTQOptions(**steps)).tensor
+    assert not torch.equal(plain.codes, shrunk.codes)
+
+
+def test_a_hessian_is_as_it_was_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = problem(8, 32, 3)
+    before = hessian.clone()
+    monkeypatch.setattr(gptq, "factor", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gptq.solve(weight, hessian, QuantConfig(4, 32), GPTQOptions(shrink=0.5))
+    assert torch.equal(hessian, before)
+
+
+@pytest.mark.parametrize("shrink", [-0.1, 1.0])
+def test_shrinkage_is_a_share(shrink: float) -> None:
+    with pytest.raises(ValueError, match=f"shrink {shrink} is out of range"):
+        GPTQOptions(shrink=shrink)

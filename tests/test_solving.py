@@ -126,14 +126,20 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("damp", [0.0, 0.01, 0.3])
 @pytest.mark.parametrize(("sweeps", "refits"), [(0, 0), (2, 1)])
+@pytest.mark.parametrize("shrink", [0.0, 0.4])
 def test_the_solver_knows_what_it_loses(
-    native: bool, damp: float, sweeps: int, refits: int, monkeypatch: pytest.MonkeyPatch
+    native: bool,
+    damp: float,
+    sweeps: int,
+    refits: int,
+    shrink: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not native:
         monkeypatch.setattr(solving, "can_round", lambda block: False)
     weight, hessian = problem(70, 320, 3, 2000)
     hessian[7], hessian[:, 7] = 0, 0  # an input that is never active
-    options = GPTQOptions(damp=damp, sweeps=sweeps, refits=refits)
+    options = GPTQOptions(damp=damp, sweeps=sweeps, refits=refits, shrink=shrink)
     solution = gptq.solve(weight, hessian, QuantConfig(4, 64), options)
     error = (weight - solution.tensor.dequantize()).double()
     assert solution.losses is not None and solution.losses.dtype is torch.float64

@@ -44,7 +44,7 @@ def test_equals_ridge_regression_on_8_columns() -> None:
     """V minimises |W x~ - V x|^2 + l |V - W|^2, solved as one least-squares problem."""
     weight, x, original = inputs(100, 8)
     H, drift = x.T @ x, (original - x).T @ x
-    root = (0.1 * H.diagonal().mean()).sqrt() * torch.eye(8, dtype=torch.float64)
+    root = (0.3 * H.diagonal().mean()).sqrt() * torch.eye(8, dtype=torch.float64)
     wanted = torch.cat([original @ weight.T, root @ weight.T])
     best = torch.linalg.lstsq(torch.cat([x, root]), wanted).solution.T
     assert torch.allclose(towards_float(weight, H, weight @ drift), best, atol=1e-10)
@@ -55,7 +55,7 @@ def test_the_residual_is_made_up_for_on_8_columns() -> None:
     weight, x, original = inputs(100, 8)
     behind = torch.randn(100, 5, generator=torch.Generator().manual_seed(1)).double()
     H, drift, lag = x.T @ x, (original - x).T @ x, behind.T @ x
-    root = (0.1 * H.diagonal().mean()).sqrt() * torch.eye(8, dtype=torch.float64)
+    root = (0.3 * H.diagonal().mean()).sqrt() * torch.eye(8, dtype=torch.float64)
     wanted = torch.cat([original @ weight.T + behind, root @ weight.T])
     best = torch.linalg.lstsq(torch.cat([x, root]), wanted).solution.T
     assert torch.allclose(towards_float(weight, H, weight @ drift + lag), best, atol=1e-10)
@@ -250,7 +250,7 @@ def test_plan_counts_the_second_stream(tiny_checkpoint: Path) -> None:
 
 
 def test_efforts_are_what_their_names_say() -> None:
-    fast = GPTQOptions(scales="signed", sink=0.2, sweeps=1, refits=1)
+    fast = GPTQOptions(scales="signed", shrink=0.25, sink=0.2, sweeps=1, refits=1)
     assert gptq.EFFORTS["fast"] == fast and not fast.needs_float
     assert gptq.EFFORTS["balanced"] == replace(fast, sink=0, target=0.5, residual=0.5)
     assert gptq.EFFORTS["max"] == replace(fast, sink=0, target=0.5, residual=0.5, tuning=2)
