@@ -90,9 +90,9 @@ Effort = Annotated[
     str,
     typer.Option(
         help="What gptq does for accuracy. fast: scales searched by their weighted error, refit "
-        "once, and codes swept once, on a Hessian shrunk towards its diagonal; the first token of a "
-        "window counts more for q, k and v. "
-        "balanced: also aims at the float model's outputs and residual stream; the float model "
+        "once, and codes swept once, on a Hessian shrunk towards its diagonal; the first token of "
+        "a window counts more for q, k and v. balanced: also aims at the float model's outputs and "
+        "residual stream; the float model "
         "runs beside the quantized one, with a forward, hidden states and layer weights of its "
         "own: 1.9 times the time of fast, perplexity 4.3 % above float where fast is 6.2 % "
         "(SmolLM2-135M, W4 g64, 16k tokens; docs/accuracy.md). max: at the end also tunes scales "
