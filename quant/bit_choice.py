@@ -44,8 +44,8 @@ class Choice:
         grids = Counter(f"{own.bits} bits g{own.group_size}" for _, own in self.config.modules)
         finer = ", ".join(f"{count} linears to {grid}" for grid, count in sorted(grids.items()))
         return (
-            f"{self.bits:.3f} bits per weight: {finer or 'no linear is finer'}; expected KL of "
-            f"rounding {self.before:.4f} -> {self.loss:.4f}"
+            f"{self.bits:.3f} bits per weight: {finer or 'no linear is finer'}; expected KL "
+            f"{self.before:.4f} -> {self.loss:.4f}"
         )
 
 

@@ -6,12 +6,14 @@ To second order, an error D of a linear's weight moves the predictions by
 
 where x_t is the linear's input and g_t the gradient of the log-likelihood of tokens drawn from the
 model's own predictions (the Fisher information). Taking inputs and gradients as uncorrelated, as
-K-FAC does (arXiv 1503.05671), and both as uncorrelated among their own entries,
+K-FAC does (arXiv 1503.05671), and gradients as uncorrelated among rows r,
 
-    KL = 1/2 sum over rows r and inputs j of  mean g_r^2  D_rj^2  mean x_j^2 ,
+    KL = 1/2 sum over r of  mean g_r^2  D_r H D_r^T ,      H = mean of x x^T .
 
-which needs no more than one forward and one backward pass of the float model over a few windows,
-layer by layer: of every layer the input is kept.
+What GPTQ leaves of D_r H D_r^T is the sum over inputs j of e_rj^2 R_jj^2, with H = R R^T as in
+quant.solvers.gptq and e_rj the rounding of one value; that of the weight itself stands for it. All
+this takes one forward and one backward pass of the float model over a few windows, layer by layer:
+of every layer the input is kept.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ from quant.layer_reader import LayerReader, build_layer
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer, RMSNorm
 from quant.native.products import product
+from quant.solvers.factor import factor
 from quant.solvers.scale_search import fit_weighted
 
 TOKENS = 2048  # of the windows that are looked at; one window at least
 _SEED = 0
+_SHRINK, _DAMP = 0.25, 0.01  # as all efforts have them
 
 
 @dataclass(frozen=True)
@@ -50,23 +54,26 @@ class Sensitivity:
 
 
 class _Moments:
-    """mean x_j^2 and mean g_r^2 of every linear of a layer, gathered as it runs."""
+    """Of a layer, gathered as it runs: the inputs x (tokens, in) of each group of linears, by the
+    name of its first, and the mean g_r^2 of every linear.
+    """
 
-    def __init__(self, layer: DecoderLayer, tokens: int) -> None:
+    def __init__(self, layer: DecoderLayer) -> None:
         self.inputs: dict[str, Tensor] = {}
         self.slopes: dict[str, Tensor] = {}
-        self._tokens = tokens
         for group in LINEAR_GROUPS:
             for name in group:
                 linear = layer.linear(name)
                 linear.register_forward_hook(lambda *call, name=name: self._take(name, *call[1:]))
 
     def _take(self, name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.inputs[name] = self._mean_square(inputs[0].detach())
-        output.register_hook(lambda slope: self.slopes.update({name: self._mean_square(slope)}))
+        if any(name == group[0] for group in LINEAR_GROUPS):
+            self.inputs[name] = inputs[0].detach().flatten(0, -2)
 
-    def _mean_square(self, rows: Tensor) -> Tensor:
-        return rows.flatten(0, -2).square().sum(0) / self._tokens
+        def keep(slope: Tensor) -> None:
+            self.slopes[name] = slope.flatten(0, -2).square().mean(0)
+
+        output.register_hook(keep)
 
 
 def sensitivities(
@@ -93,7 +100,7 @@ def sensitivities(
         found: list[Sensitivity] = []
         for index in reversed(range(llama.num_hidden_layers)):
             layer = build_layer(llama, layers.take(index), device).requires_grad_(False)
-            moments = _Moments(layer, windows.numel())
+            moments = _Moments(layer)
             with torch.enable_grad():
                 x = inputs.pop().requires_grad_()
                 layer(x).backward(slope)
@@ -136,12 +143,25 @@ def _judge(
     """What the candidates cost in linears that share an input."""
     losses = [0.0] * len(candidates)
     weights = {name: layer.linear(name).weight for name in group}
+    seen, left = _importances(moments.inputs.pop(group[0]))
     for name, weight in weights.items():
-        seen, slope = moments.inputs[name], moments.slopes[name]
+        slope = moments.slopes[name].double()
         for at, config in enumerate(candidates):
             grid = fit_weighted(weight, seen, config, signed=config.symmetric)
             error = weight - QuantizedTensor(nearest_codes(weight, grid), grid).dequantize()
-            losses[at] += 0.5 * float((error.square_() @ seen).double() @ slope.double())
+            losses[at] += 0.5 * float((error.square_() @ left).double() @ slope)
     names = tuple(f"model.layers.{index}.{name}" for name in group)
     shapes = tuple((len(weight), weight.shape[1]) for weight in weights.values())
     return Sensitivity(names, shapes, tuple(losses))
+
+
+def _importances(x: Tensor) -> tuple[Tensor, Tensor]:
+    """diag(H) and R_jj^2 of every input, (in,) float32, with H shrunk and in the order of GPTQ."""
+    H = product(x.T, x) / len(x)
+    seen = H.diagonal().clone()
+    H.diagonal().div_(1 - _SHRINK)
+    order = seen.argsort(descending=True, stable=True)
+    R, _, _ = factor(H, order, _DAMP)
+    left = torch.empty_like(seen)
+    left[order] = R.diagonal().square()
+    return seen, left
