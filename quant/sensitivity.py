@@ -5,10 +5,13 @@ To second order, an error D of a linear's weight moves the predictions by
     KL = 1/2 mean over tokens t of (g_t . D x_t)^2 ,
 
 where x_t is the linear's input and g_t the gradient of the log-likelihood of tokens drawn from the
-model's own predictions (the Fisher information). Taking inputs and gradients as uncorrelated, as
-K-FAC does (arXiv 1503.05671), and gradients as uncorrelated among rows r,
+model's own predictions (the Fisher information). Taking gradients as uncorrelated among rows r, and
+what they have to do with inputs as the same for all rows,
 
-    KL = 1/2 sum over r of  mean g_r^2  D_r H D_r^T ,      H = mean of x x^T .
+    KL = 1/2 sum over r of  mean g_r^2  D_r H D_r^T ,      H = mean of u_t x_t x_t^T ,
+
+u_t being |g_t|^2 over its mean: K-FAC (arXiv 1503.05671) has 1 there, but the first token of a text
+has huge inputs that hardly matter.
 
 What GPTQ leaves of D_r H D_r^T is the sum over inputs j of e_rj^2 R_jj^2, with H = R R^T as in
 quant.solvers.gptq and e_rj the rounding of one value; that of the weight itself stands for it. All
@@ -55,12 +58,13 @@ class Sensitivity:
 
 class _Moments:
     """Of a layer, gathered as it runs: the inputs x (tokens, in) of each group of linears, by the
-    name of its first, and the mean g_r^2 of every linear.
+    name of its first, and of every linear the mean g_r^2 (out,) and the |g_t|^2 (tokens,).
     """
 
     def __init__(self, layer: DecoderLayer) -> None:
         self.inputs: dict[str, Tensor] = {}
         self.slopes: dict[str, Tensor] = {}
+        self.tokens: dict[str, Tensor] = {}
         for group in LINEAR_GROUPS:
             for name in group:
                 linear = layer.linear(name)
@@ -71,7 +75,8 @@ class _Moments:
             self.inputs[name] = inputs[0].detach().flatten(0, -2)
 
         def keep(slope: Tensor) -> None:
-            self.slopes[name] = slope.flatten(0, -2).square().mean(0)
+            squares = slope.flatten(0, -2).square()
+            self.slopes[name], self.tokens[name] = squares.mean(0), squares.sum(1)
 
         output.register_hook(keep)
 
@@ -143,7 +148,8 @@ def _judge(
     """What the candidates cost in linears that share an input."""
     losses = [0.0] * len(candidates)
     weights = {name: layer.linear(name).weight for name in group}
-    seen, left = _importances(moments.inputs.pop(group[0]))
+    counts = torch.stack([moments.tokens[name] for name in group]).sum(0)
+    seen, left = _importances(moments.inputs.pop(group[0]), counts / counts.mean())
     for name, weight in weights.items():
         slope = moments.slopes[name].double()
         for at, config in enumerate(candidates):
@@ -155,10 +161,15 @@ def _judge(
     return Sensitivity(names, shapes, tuple(losses))
 
 
-def _importances(x: Tensor) -> tuple[Tensor, Tensor]:
-    """diag(H) and R_jj^2 of every input, (in,) float32, with H shrunk and in the order of GPTQ."""
-    H = product(x.T, x) / len(x)
-    seen = H.diagonal().clone()
+def _importances(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """mean x_j^2 and R_jj^2 of every input, (in,) float32, with H shrunk and in the order of GPTQ.
+
+    Args:
+        x: (tokens, in).
+        counts: (tokens,), u_t.
+    """
+    seen = x.square().mean(0)
+    H = product((x * counts[:, None]).T, x) / len(x)
     H.diagonal().div_(1 - _SHRINK)
     order = seen.argsort(descending=True, stable=True)
     R, _, _ = factor(H, order, _DAMP)

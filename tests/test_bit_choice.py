@@ -34,12 +34,12 @@ CPU = torch.device("cpu")
 BUNDLED = Path(__file__).parents[1] / "quant/bundled"
 
 
-def conditional_variances(x: Tensor) -> Tensor:
+def conditional_variances(x: Tensor, counts: Tensor) -> Tensor:
     """What of each input, most active first, the later ones do not explain: h_jj - h_jL H_LL^-1
-    h_Lj of their mean products, with a quarter of shrinkage and the usual damping.
+    h_Lj of their weighted products, with a quarter of shrinkage and the usual damping.
     """
-    H = x.T @ x / len(x)
-    order = H.diagonal().argsort(descending=True)
+    H = sum(c * torch.outer(row, row) for c, row in zip(counts, x, strict=True)) / counts.sum()
+    order = x.square().mean(0).argsort(descending=True)
     H = H + H.diagonal().diag() / 3
     H = H + 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
     left = torch.empty_like(H[0])
@@ -73,7 +73,10 @@ def literal(folder: Path, windows: Tensor, grid: QuantConfig) -> dict[str, float
     for name, (x, output) in seen.items():
         weight = linears[name.removeprefix("model.")].weight.detach()
         square = x.square().mean((0, 1))
-        left = conditional_variances(x.flatten(0, 1))
+        group = next(group for group in LINEAR_GROUPS if name.split(".", 3)[3] in group)
+        outputs = [seen[f"{name.rsplit('.', 2)[0]}.{other}"][1] for other in group]
+        counts = sum(output.grad.square().sum(2).flatten() for output in outputs)
+        left = conditional_variances(x.flatten(0, 1), counts)
         fitted = fit_weighted(weight.float(), square.float(), grid, signed=grid.symmetric)
         codes = nearest_codes(weight.float(), fitted)
         error = weight - QuantizedTensor(codes, fitted).dequantize(torch.float64)
