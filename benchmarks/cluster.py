@@ -30,7 +30,7 @@ HIDDEN, KV, FFN, LAYERS = 8192, 1024, 28672, 80  # Llama 2 70B
 TOKENS, SEQ_LEN = 128 * 2048, 2048
 GROUPS = ((HIDDEN + 2 * KV, HIDDEN), (HIDDEN, HIDDEN), (2 * FFN, HIDDEN), (HIDDEN, FFN))
 PARAMETERS = sum(rows * inputs for rows, inputs in GROUPS)  # of a layer
-ROWS = 9  # times r n^2: columns, three energies, a refit and a sweep, as quant.workload counts them
+ROWS = 8  # times r n^2: columns, two energies, a refit and a sweep, as quant.workload counts them
 CORES = 64 * 0.7  # of a node, at the share of their speed that they have together
 
 

@@ -101,7 +101,8 @@ def check_windows(windows: Tensor, attention_mask: Tensor | None, vocab_size: in
         The mask as bool, or None.
 
     Raises:
-        ValueError: a shape is wrong, an id is outside the vocabulary, or padding is elsewhere.
+        ValueError: a shape or dtype is wrong, an id is outside the vocabulary, the mask has other
+            values than 0 and 1 or no token, or padding is elsewhere.
     """
     if not isinstance(windows, Tensor) or windows.is_floating_point():
         raise ValueError("calibration windows: expected a tensor (windows, tokens) of integer ids")

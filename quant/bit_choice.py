@@ -9,7 +9,7 @@ loss are steps, so each saves less per bit than the one before it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,11 +17,9 @@ from torch import Tensor
 
 from quant.checkpoint import CheckpointReader
 from quant.config import BITS, QuantConfig
-from quant.geometry import bits_per_weight, linear_shapes
+from quant.geometry import USUAL_GROUPS, bits_per_weight, linear_shapes
 from quant.llama.config import LlamaConfig
 from quant.sensitivity import Sensitivity, sensitivities
-
-_SMALLER = (128, 64, 32)
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def candidates(llama: LlamaConfig, config: QuantConfig) -> list[QuantConfig]:
     widths = {width for _, width in linear_shapes(llama).values()}
     finer = [
         replace(common, group_size=size)
-        for size in _SMALLER
+        for size in USUAL_GROUPS
         if all(width % size == 0 and size < common.width(width) for width in widths)
     ]
     more = [bits for bits in BITS if bits > common.bits][:1]
@@ -83,7 +81,7 @@ def choose(
     """
     grids = candidates(llama, config)
     shapes = linear_shapes(llama).values()
-    least = _mean_bits([(shape, grids[0]) for shape in shapes])
+    least = _bits(shapes, grids[0]) / _weights(shapes)
     if target < least:
         raise ValueError(
             f"--target-bpw {target:g}: {config.bits} bits with --group-size {config.group_size} "
@@ -92,11 +90,12 @@ def choose(
     found = sensitivities(reader, llama, windows, grids, device)
     pairs = list(zip(found, allocate(found, grids, target), strict=True))
     modules = [(name, grids[at]) for unit, at in reversed(pairs) if at for name in unit.names]
-    stored = [(shape, grids[at]) for unit, at in pairs for shape in unit.shapes]
+    bits = sum(_bits(unit.shapes, grids[at]) for unit, at in pairs)
+    bits /= sum(_weights(unit.shapes) for unit in found)
     loss = sum(unit.losses[at] for unit, at in pairs)
     before = sum(unit.losses[0] for unit in found)
     whole = replace(config, modules=(*config.modules, *modules))
-    return Choice(whole, _mean_bits(stored), loss, before)
+    return Choice(whole, bits, loss, before)
 
 
 def allocate(found: list[Sensitivity], grids: list[QuantConfig], target: float) -> list[int]:
@@ -104,8 +103,8 @@ def allocate(found: list[Sensitivity], grids: list[QuantConfig], target: float) 
     mean stays within the target; what does not fit is passed over, and its unit stays.
     """
     chosen = [0] * len(found)
-    total = sum(_bits(unit, grids[0]) for unit in found)
-    room = target * sum(rows * width for unit in found for rows, width in unit.shapes) - total
+    total = sum(_bits(unit.shapes, grids[0]) for unit in found)
+    room = target * sum(_weights(unit.shapes) for unit in found) - total
     steps = [(*step, at) for at, unit in enumerate(found) for step in _steps(unit, grids)]
     closed = set()
     for _, bits, grid, at in sorted(steps, key=lambda step: -step[0]):
@@ -119,12 +118,12 @@ def allocate(found: list[Sensitivity], grids: list[QuantConfig], target: float) 
 
 def _steps(unit: Sensitivity, grids: list[QuantConfig]) -> Iterator[tuple[float, float, int]]:
     """(loss saved per bit, bits more, grid) along the lower convex hull, steepest first."""
-    at, bits = 0, _bits(unit, grids[0])
+    at, bits = 0, _bits(unit.shapes, grids[0])
     while True:
         rates = [
             ((unit.losses[at] - loss) / more, more, grid)
             for grid, loss in enumerate(unit.losses)
-            if (more := _bits(unit, grids[grid]) - bits) > 0 and loss < unit.losses[at]
+            if (more := _bits(unit.shapes, grids[grid]) - bits) > 0 and loss < unit.losses[at]
         ]
         if not rates:
             return
@@ -133,11 +132,10 @@ def _steps(unit: Sensitivity, grids: list[QuantConfig]) -> Iterator[tuple[float,
         at, bits = best[2], bits + best[1]
 
 
-def _bits(unit: Sensitivity, grid: QuantConfig) -> float:
-    return sum(rows * width * bits_per_weight(grid, width) for rows, width in unit.shapes)
+def _bits(shapes: Iterable[tuple[int, int]], grid: QuantConfig) -> float:
+    """Stored bits of linears (out, in)."""
+    return sum(rows * width * bits_per_weight(grid, width) for rows, width in shapes)
 
 
-def _mean_bits(stored: list[tuple[tuple[int, int], QuantConfig]]) -> float:
-    """Bits per weight of linears (out, in) with their grids."""
-    bits = sum(rows * width * bits_per_weight(grid, width) for (rows, width), grid in stored)
-    return bits / sum(rows * width for (rows, width), _ in stored)
+def _weights(shapes: Iterable[tuple[int, int]]) -> int:
+    return sum(rows * width for rows, width in shapes)

@@ -20,12 +20,11 @@ from torch import Tensor
 from calib.hidden import HiddenStates
 from quant.finished_layers import FinishedLayers, scale_gradient
 from quant.grid import QuantizedTensor
-from quant.layer_reader import build_layer
+from quant.layer_reader import FINAL_NORM, build_layer
 from quant.llama.config import LlamaConfig
 from quant.llama.model import DecoderLayer, RMSNorm
 from quant.native.products import product
 
-FINAL_NORM = "model.norm.weight"
 _LOGITS = 1 << 24  # at a time: 64 MB in float32, three times
 
 

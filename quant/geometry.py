@@ -10,7 +10,7 @@ from quant.config import QuantConfig
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 
-_USUAL = (128, 64, 32)  # group sizes
+USUAL_GROUPS = (128, 64, 32)  # group sizes
 
 
 def check_shapes(llama: LlamaConfig, config: QuantConfig) -> None:
@@ -44,7 +44,7 @@ def _check_group(name: str, in_features: int, config: QuantConfig, widths: set[i
     `widths` of all.
     """
     if in_features % config.width(in_features):
-        sizes = [size for size in _USUAL if all(width % size == 0 for width in widths)]
+        sizes = [size for size in USUAL_GROUPS if all(width % size == 0 for width in widths)]
         raise ValueError(
             f"{name}: in_features {in_features} is not divisible by group_size "
             f"{config.group_size}; choose {''.join(f'{size}, ' for size in sizes)}or -1 for one "
@@ -93,8 +93,8 @@ def _shape(name: str, llama: LlamaConfig, kinds: dict[str, tuple[int, int]]) -> 
 def usual_group_size(llama: LlamaConfig) -> int:
     """128 where it divides every linear, else 64 or 32 where one of these does."""
     widths = {in_features for _, in_features in linear_shapes(llama).values()}
-    sizes = (size for size in _USUAL if all(width % size == 0 for width in widths))
-    return next(sizes, _USUAL[0])  # check_shapes names the linear that it does not divide
+    sizes = (size for size in USUAL_GROUPS if all(width % size == 0 for width in widths))
+    return next(sizes, USUAL_GROUPS[0])  # check_shapes names the linear that it does not divide
 
 
 def linear_shapes(llama: LlamaConfig) -> dict[str, tuple[int, int]]:

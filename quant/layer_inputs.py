@@ -8,7 +8,7 @@ from torch import Tensor
 from calib.capture import Budget, advance
 from calib.hidden import HiddenStates, Storage
 from quant.checkpoint import CheckpointReader
-from quant.layer_reader import LayerReader, build_layer
+from quant.layer_reader import EMBEDDING, LayerReader, build_layer
 from quant.llama.config import LlamaConfig
 
 
@@ -21,7 +21,7 @@ def empty_states(llama: LlamaConfig, windows: Tensor, storage: Storage) -> Hidde
 
 def embed(reader: CheckpointReader, states: HiddenStates, windows: Tensor) -> None:
     """Make `states` the input of the first layer: the embeddings of the windows' ids."""
-    embedding = reader.tensor("model.embed_tokens.weight")
+    embedding = reader.tensor(EMBEDDING)
     states.set_windows(embedding[window] for window in windows)
     del embedding
     reader.release()

@@ -26,7 +26,7 @@ from quant.code_counts import CodeCounts
 from quant.config import QuantConfig
 from quant.group_solver import solve_group
 from quant.layer_inputs import advance_float, embed, empty_states
-from quant.layer_reader import LINEARS, LayerReader, build_layer, plain_tensors
+from quant.layer_reader import FINAL_NORM, LINEARS, LayerReader, build_layer, plain_tensors
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer, RMSNorm
 from quant.machine import peak_memory_bytes, return_memory
@@ -126,7 +126,7 @@ def _quantize_head(run: Run, states: HiddenStates, mask: Tensor | None) -> Step:
     """Quantize lm_head behind the last layer; the caller makes it durable with what is copied."""
     start, layers = time.perf_counter(), run.llama.num_hidden_layers
     norm = RMSNorm(run.llama.hidden_size, run.llama.rms_norm_eps).to(run.device)
-    norm.weight.copy_(run.reader.tensor("model.norm.weight"))
+    norm.weight.copy_(run.reader.tensor(FINAL_NORM))
     hessian = last_hessian(norm, states, mask, run.device, run.options.budget)
     weight = run.reader.tensor("lm_head.weight").to(run.device, torch.float32, copy=True)
     linears = tuple(_quantize_linears(run, {"lm_head": weight}, hessian))

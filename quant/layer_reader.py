@@ -12,8 +12,9 @@ from torch import Tensor
 from quant.background import background_thread
 from quant.checkpoint import CheckpointReader, check_float
 from quant.llama.config import LlamaConfig
-from quant.llama.model import LINEAR_GROUPS, DecoderLayer
+from quant.llama.model import LINEAR_GROUPS, DecoderLayer, RMSNorm
 
+EMBEDDING, FINAL_NORM = "model.embed_tokens.weight", "model.norm.weight"
 LINEARS = frozenset(name for group in LINEAR_GROUPS for name in group)
 
 
@@ -57,7 +58,7 @@ class LayerReader:
 def plain_tensors(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what is copied as it is: embedding, final norm, and a head of its own."""
     matrix = (llama.vocab_size, llama.hidden_size)
-    shapes = {"model.embed_tokens.weight": matrix, "model.norm.weight": (llama.hidden_size,)}
+    shapes = {EMBEDDING: matrix, FINAL_NORM: (llama.hidden_size,)}
     return shapes if llama.tie_word_embeddings else {**shapes, "lm_head.weight": matrix}
 
 
@@ -92,6 +93,18 @@ def check_plain(reader: CheckpointReader, llama: LlamaConfig) -> None:
     for name, shape in plain_tensors(llama).items():
         _check(name, reader.tensor(name), shape)
         reader.release()
+
+
+def read_end(
+    reader: CheckpointReader, llama: LlamaConfig, device: torch.device
+) -> tuple[RMSNorm, Tensor]:
+    """What follows the last layer, in float32: the final norm, and the head (vocab, hidden)."""
+    norm = RMSNorm(llama.hidden_size, llama.rms_norm_eps)
+    weight = reader.tensor(FINAL_NORM).to(device, torch.float32, copy=True)
+    norm.load_state_dict({"weight": weight}, assign=True)
+    norm.requires_grad_(False)
+    name = EMBEDDING if llama.tie_word_embeddings else "lm_head.weight"
+    return norm, reader.tensor(name).to(device, torch.float32, copy=True)
 
 
 def build_layer(

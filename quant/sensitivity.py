@@ -21,6 +21,7 @@ of every layer the input is kept.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -29,16 +30,17 @@ from torch import Tensor
 from quant.checkpoint import CheckpointReader
 from quant.config import QuantConfig
 from quant.grid import QuantizedTensor, nearest_codes
-from quant.layer_reader import LayerReader, build_layer
+from quant.layer_reader import EMBEDDING, LayerReader, build_layer, read_end
 from quant.llama.config import LlamaConfig
-from quant.llama.model import LINEAR_GROUPS, DecoderLayer, RMSNorm
+from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 from quant.native.products import product
 from quant.solvers.factor import factor
+from quant.solvers.gptq import EFFORTS
 from quant.solvers.scale_search import fit_weighted
 
 TOKENS = 2048  # of the windows that are looked at; one window at least
 _SEED = 0
-_SHRINK, _DAMP = 0.25, 0.01  # as all efforts have them
+_SOLVER = EFFORTS["fast"]  # all efforts shrink and damp H alike
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def sensitivities(
     windows = windows[: max(1, TOKENS // windows.shape[1])]
     layers = LayerReader(reader, llama)
     with torch.inference_mode(False), torch.no_grad():
-        inputs = [reader.tensor("model.embed_tokens.weight")[windows].to(device, torch.float32)]
+        inputs = [reader.tensor(EMBEDDING)[windows].to(device, torch.float32)]
         for index in range(llama.num_hidden_layers):
             layer = build_layer(llama, layers.take(index), device)
             inputs.append(layer(inputs[-1]))
@@ -119,11 +121,7 @@ def _slope(reader: CheckpointReader, llama: LlamaConfig, x: Tensor) -> Tensor:
     """The gradient to the last layer's output x (windows, tokens, hidden) of the log-likelihood of
     tokens drawn from the predictions, summed over tokens.
     """
-    norm = RMSNorm(llama.hidden_size, llama.rms_norm_eps)
-    norm.weight = torch.nn.Parameter(reader.tensor("model.norm.weight").to(x.device, x.dtype))
-    tied = llama.tie_word_embeddings
-    head = reader.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
-    head = head.to(x.device, x.dtype)
+    norm, head = read_end(reader, llama, x.device)
     generator = torch.Generator().manual_seed(_SEED)
     with torch.enable_grad():
         x = x.requires_grad_()
@@ -170,9 +168,11 @@ def _importances(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """
     seen = x.square().mean(0)
     H = product((x * counts[:, None]).T, x) / len(x)
-    H.diagonal().div_(1 - _SHRINK)
+    H.diagonal().div_(1 - _SOLVER.shrink)
     order = seen.argsort(descending=True, stable=True)
-    R, _, _ = factor(H, order, _DAMP)
+    R, damp, _ = factor(H, order, _SOLVER.damp)
+    if damp != _SOLVER.damp:
+        warnings.warn(f"forecast of bits: damping raised to {damp:g}", stacklevel=1)
     left = torch.empty_like(seen)
     left[order] = R.diagonal().square()
     return seen, left

@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 from quant import distributed
-from quant.distill import FINAL_NORM, Lesson, Student, retell
+from quant.distill import Lesson, Student, retell
 from quant.finished_layers import FinishedLayers
 from quant.grid import LARGEST_SCALE, SMALLEST_SCALE
 from quant.layer_inputs import advance_float, embed, empty_states
 from quant.layer_loop import Run, copy_plain
+from quant.layer_reader import EMBEDDING, FINAL_NORM, read_end
 from quant.llama.model import RMSNorm
 from quant.resume import Finished
 from quant.run_options import TuningPass
 from quant.verification import digest
 
-EMBEDDING = "model.embed_tokens.weight"
 _RATE = 2e-4  # of its size a value moves in a step, at first
 _FASTER, _SLOWER = 1.3, 3.0  # times, after steps that helped and that did not
 _STOP = 5e-6  # no smaller steps are tried
@@ -194,13 +194,8 @@ def tune_run(run: Run) -> None:
 def _student(run: Run) -> tuple[Student, RMSNorm]:
     """The quantized model, and the final norm of the float model."""
     reader, llama, journal = run.reader, run.llama, run.journal
-    norm = RMSNorm(llama.hidden_size, llama.rms_norm_eps)
-    weight = reader.tensor(FINAL_NORM).to(run.device, torch.float32)
-    norm.load_state_dict({"weight": weight}, assign=True)
-    norm.requires_grad_(False)
+    norm, head = read_end(reader, llama, run.device)
     embedding = reader.tensor(EMBEDDING).clone()
-    head = embedding if llama.tie_word_embeddings else reader.tensor("lm_head.weight").clone()
-    head = head.to(run.device, torch.float32)
     parts = [layer.parts for layer in journal.layers]
     layers = FinishedLayers(journal.folder, parts, run.config)
     return Student(llama, layers, embedding, head, norm), norm

@@ -102,7 +102,7 @@ typedef struct {
     int32_t add;   /* to what out holds */
     int32_t upper; /* only where column >= row must be right; m = n */
     int32_t half;  /* B, n = k, is symmetric: take blocks on its diagonal half, those below as 0 */
-    const float *with; /* (m, n), rows contiguous: out (m / group, n) is the sum of products with it */
+    const float *with; /* (m, n) contiguous: out (m / group, n) sums products with it */
     int64_t group;     /* over so many rows; 0 if without */
 } kern_product;
 

@@ -94,7 +94,9 @@ static void tile(const job *j, int64_t row, int64_t column) {
 }
 
 /* Items of work: BLOCK_ROWS rows by BLOCK_PANELS panels. Where rows add up, all by a few. */
-static int64_t wide(const job *j) { return (j->p->group ? BLOCK_PANELS / 2 : BLOCK_PANELS) * j->width; }
+static int64_t wide(const job *j) {
+    return (j->p->group ? BLOCK_PANELS / 2 : BLOCK_PANELS) * j->width;
+}
 
 static int64_t tall(const job *j) { return BLOCK_ROWS / j->rows * j->rows; }
 

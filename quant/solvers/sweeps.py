@@ -48,10 +48,7 @@ def sweep(
     """
     grids = by_column(tensor.grid, torch.arange(weight.shape[1], device=weight.device))
     codes = tensor.codes.T.clone(memory_format=torch.contiguous_format)  # (in, out)
-    errors = torch.empty(codes.shape, dtype=weight.dtype, device=weight.device)
-    for start in range(0, len(codes), block_size):
-        block = slice(start, min(start + block_size, len(codes)))
-        errors[block] = weight[:, block].T - _values(codes[block], grids.of(block))
+    errors = _errors(weight, codes, grids, block_size)
     diagonal = hessian.diagonal()
     added = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0)  # an input never seen moves nothing
@@ -75,6 +72,15 @@ def sweep(
             added += slope.sum(0, dtype=torch.float64)
         errors[first:last] += changes
     return replace(tensor, codes=codes.T), added
+
+
+def _errors(weight: Tensor, codes: Tensor, grids: solving.Grids, block_size: int) -> Tensor:
+    """What the values of codes (in, out) lack of a weight (out, in); (in, out)."""
+    errors = torch.empty(codes.shape, dtype=weight.dtype, device=weight.device)
+    for start in range(0, len(codes), block_size):
+        block = slice(start, min(start + block_size, len(codes)))
+        errors[block] = weight[:, block].T - _values(codes[block], grids.of(block))
+    return errors
 
 
 def _round(
