@@ -58,7 +58,8 @@ def solve_group(
     plain = solve(mine, hessian, config, RTNOptions()).tensor
     both = (solution.tensor, plain)
     told = (solution.losses, None)  # of what was solved for
-    losses = [output_energy(mine, hessian)[:, None]]
+    energies = solution.energies if aim is None else None
+    losses = [(output_energy(mine, hessian) if energies is None else energies)[:, None]]
     losses.append(_losses(mine, both, told if aim is None else (None, None), hessian))
     if aim is not None:
         losses.append(_losses(aim, both, told, hessian))

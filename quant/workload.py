@@ -5,8 +5,9 @@ input widths n (one for each group of linears that share an input) and r rows on
     attention  2 T seq_len width, causal
     Hessian    n^2 T, one triangle
     Cholesky   n^3 / 3
-    solve      r n^2 for the columns, for the energy of W and for that of every error in the report;
-               2 r n^2 for a sweep, 3 r n^2 for a refit (E H, and half as much for A)
+    solve      r n^2 for the columns, for the energy of W (unless a refit tells it) and for that of
+               every error in the report; 2 r n^2 for a sweep, 3 r n^2 for a refit (E H, and half as
+               much for A)
 
 Where the float model runs beside the quantized one, forward and attention count twice. Its drift
 adds 2 n^2 T to a Hessian and its lag 2 r n T; to aim takes a second Cholesky, 2 r n^2 to multiply
@@ -116,8 +117,10 @@ def work(job: Job) -> dict[str, float]:
 
 def products(job: Job) -> int:
     """Times r n^2 of a solve, the aim left out."""
-    judged = 2 if job.beside else 0  # a solver knows what it loses, but not of the float weight
-    return 3 + 2 * job.sweeps + 3 * job.refits + judged
+    judged = 4 if job.beside else 1  # a solver knows what it loses, but not of the float weight
+    if not job.beside and not job.refits:
+        judged += 1  # the energy of W, which a refit tells
+    return 1 + 2 * job.sweeps + 3 * job.refits + judged
 
 
 def cost(job: Job) -> float:

@@ -146,6 +146,13 @@ def test_the_solver_knows_what_it_loses(
     torch.testing.assert_close(
         solution.losses, (error @ hessian.double() * error).sum(1), rtol=2e-4, atol=0
     )
+    if not refits:
+        assert solution.energies is None
+        return
+    assert solution.energies is not None and solution.energies.dtype is torch.float64
+    w = weight.double()
+    energies = (w @ hessian.double() * w).sum(1)
+    torch.testing.assert_close(solution.energies, energies, rtol=1e-5, atol=0)
 
 
 def test_energy_is_the_trace_in_float64() -> None:

@@ -78,7 +78,7 @@ def test_every_sweep_and_refit_lowers_the_exact_loss_of_every_row(bits: int, sca
     first = before.sum()
     for _ in range(3):
         for step in (refit, lambda *problem: sweep(*problem, 32)):
-            tensor, added = step(weight, hessian, tensor)
+            tensor, added, *_ = step(weight, hessian, tensor)
             after = exact_losses(weight, hessian, tensor)
             assert (after <= before * (1 + 1e-5)).all()
             assert added.dtype is torch.float64 and (added <= before * 1e-5).all()
@@ -120,7 +120,7 @@ def test_refit_scales_are_the_least_squares_solution() -> None:
     weight = torch.randn(5, 64, generator=generator)
     hessian = (x.T @ x).float()
     tensor = gptq.solve(weight, hessian, QuantConfig(3, 32), GPTQOptions(scales="minmax")).tensor
-    fitted, _ = refit(weight, hessian, tensor)
+    fitted, *_ = refit(weight, hessian, tensor)
     assert torch.equal(fitted.codes, tensor.codes)
     for row in range(5):
         steps = (tensor.codes[row].double() - 4).view(2, 32)
@@ -148,7 +148,7 @@ def test_scales_that_rounding_would_make_worse_are_kept() -> None:
     moved = (kept != half.float()).any(1)
     assert moved.sum() >= 3
     best = rescaled(tensor, kept)
-    after, _ = refit(weight, hessian, best)
+    after, *_ = refit(weight, hessian, best)
     assert torch.equal(after.grid.scales[moved], kept[moved])
 
 

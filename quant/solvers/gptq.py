@@ -20,7 +20,7 @@ falling diag(H) (act-order) and the codes are put back in place: no runtime ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -129,11 +129,19 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpt
     if not _is_finite(weight) or not _is_finite(hessian):
         raise ValueError("GPTQ: the weight or the Hessian is not finite")
     with _shrunk(hessian, options.shrink):
-        tensor, losses, damp, notes = _solve(weight, hessian, config, options)
-    tensor = replace(tensor, codes=tensor.codes.contiguous())
-    if options.shrink:
-        losses -= options.shrink / (1 - options.shrink) * _diagonal_energy(weight, hessian, tensor)
-    return Solution(tensor, damp, notes, losses)
+        solution = _solve(weight, hessian, config, options)
+    tensor = replace(solution.tensor, codes=solution.tensor.codes.contiguous())
+    if not options.shrink:
+        return replace(solution, tensor=tensor)
+    beyond = options.shrink / (1 - options.shrink)  # of the diagonal's energy has been counted
+    blocks = [slice(start, start + _ROWS) for start in range(0, len(weight), _ROWS)]
+    errors = (weight[rows] - tensor.rows(rows).dequantize(weight.dtype) for rows in blocks)
+    losses, energies = solution.losses, solution.energies
+    assert losses is not None
+    losses -= beyond * _diagonal_energy(errors, hessian)
+    if energies is not None:
+        energies -= beyond * _diagonal_energy(weight.split(_ROWS), hessian)
+    return replace(solution, tensor=tensor)
 
 
 @contextmanager
@@ -150,20 +158,13 @@ def _shrunk(hessian: Tensor, share: float) -> Iterator[None]:
         hessian.diagonal().copy_(diagonal)
 
 
-def _diagonal_energy(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> Tensor:
-    """sum of h_jj (w_j - q_j)^2 of every row, (out,) float64."""
-    energies = []
-    for start in range(0, len(weight), _ROWS):
-        rows = slice(start, start + _ROWS)
-        error = weight[rows] - tensor.rows(rows).dequantize(weight.dtype)
-        energies.append(error.square_() @ hessian.diagonal())
-    return torch.cat(energies).double()
+def _diagonal_energy(parts: Iterable[Tensor], hessian: Tensor) -> Tensor:
+    """sum of h_jj a_j^2 of every row a, given some rows at a time; (rows,) float64."""
+    return torch.cat([part.square() @ hessian.diagonal() for part in parts]).double()
 
 
-def _solve(
-    weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions
-) -> tuple[QuantizedTensor, Tensor, float, tuple[str, ...]]:
-    """The codes, column by column in memory, the losses, the damping and the notes."""
+def _solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Solution:
+    """The solution, its codes column by column in memory."""
     order = torch.arange(len(hessian), device=hessian.device)
     if options.act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -172,14 +173,15 @@ def _solve(
     diagonal = hessian.diagonal()[order].double()
     added = (damped(diagonal, damp) - diagonal).to(weight.dtype)
     codes, losses = _round_columns(weight, R, grid, (order, added), options.block_size)
-    tensor = QuantizedTensor(codes, grid)
+    tensor, energies = QuantizedTensor(codes, grid), None
     for index in range(options.sweeps):
         if index < options.refits:
-            tensor, gained = refit(weight, hessian, tensor)
+            tensor, gained, kept = refit(weight, hessian, tensor)
+            energies = kept + losses if energies is None else energies
             losses += gained
         tensor, gained = sweep(weight, hessian, tensor, options.block_size)
         losses += gained
-    return tensor, losses, damp, notes
+    return Solution(tensor, damp, notes, losses, energies)
 
 
 def _is_finite(matrix: Tensor) -> bool:

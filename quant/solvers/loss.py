@@ -23,12 +23,14 @@ class Solution:
         notes: every departure from the plain method, for the user.
         losses: (out,) float64, the `output_energy` of the error of each row of the weight that
             was solved; None from a solver that does not know it.
+        energies: (out,) float64, the `output_energy` of these rows themselves; None likewise.
     """
 
     tensor: QuantizedTensor
     damp: float = 0.0
     notes: tuple[str, ...] = ()
     losses: Tensor | None = None
+    energies: Tensor | None = None
 
 
 _ROWS = 1024  # at a time: their products with H are in memory

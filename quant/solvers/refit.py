@@ -25,7 +25,7 @@ _RIDGE = 1e-6  # of the mean diagonal of A: codes of two groups may be all but d
 
 def refit(
     weight: Tensor, hessian: Tensor, tensor: QuantizedTensor
-) -> tuple[QuantizedTensor, Tensor]:
+) -> tuple[QuantizedTensor, Tensor, Tensor]:
     """Refit all scales to the codes.
 
     Args:
@@ -34,22 +34,26 @@ def refit(
         tensor: codes on their grid, in groups of consecutive columns.
 
     Returns:
-        The same codes with float16-exact scales of the same signs, and what that adds to the loss
-        of each row, (out,) float64, never above 0.
+        The same codes with float16-exact scales of the same signs; what that adds to the loss of
+        each row, (out,) float64, never above 0; and by how much the energy w H w^T of each row was
+        more than its loss, (out,) float64: q H q^T + 2 (w - q) H q^T = s A s + 2 b s.
     """
     step = min(_ROWS, max(16, _NUMBERS // tensor.grid.scales.shape[1] ** 2))
     parts = (
         _refit_rows(weight[rows], hessian, tensor.rows(rows))
         for rows in (slice(start, start + step) for start in range(0, len(weight), step))
     )
-    scales, added = (torch.cat(column) for column in zip(*parts, strict=True))
-    return replace(tensor, grid=replace(tensor.grid, scales=scales)), added
+    scales, added, kept = (torch.cat(column) for column in zip(*parts, strict=True))
+    return replace(tensor, grid=replace(tensor.grid, scales=scales)), added, kept
 
 
-def _refit_rows(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    """The scales (rows, groups) of some rows, and what they add to the losses."""
+def _refit_rows(
+    weight: Tensor, hessian: Tensor, tensor: QuantizedTensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scales (rows, groups) of some rows, what they add to the losses, and the energies."""
     old = tensor.grid.scales
     A, b = normal_equations(weight, hessian, tensor)
+    kept = _form(A, 2 * b, old.double())
     diagonal = A.diagonal(dim1=1, dim2=2)
     ridge = _RIDGE * diagonal.mean(1, keepdim=True).clamp(min=1e-30)
     diagonal.add_(ridge)  # also what a group of zeros has: it keeps its scale
@@ -61,8 +65,13 @@ def _refit_rows(weight: Tensor, hessian: Tensor, tensor: QuantizedTensor) -> tup
     fitted = torch.where(usable, fitted, old)
     d = fitted.double() - old.double()  # exact
     diagonal.sub_(ridge)
-    added = ((A @ d[..., None])[..., 0] - 2 * b).mul_(d).sum(1)
-    return torch.where(added[:, None] < 0, fitted, old), added.clamp(max=0)
+    added = _form(A, -2 * b, d)
+    return torch.where(added[:, None] < 0, fitted, old), added.clamp(max=0), kept
+
+
+def _form(A: Tensor, slope: Tensor, x: Tensor) -> Tensor:
+    """x A x + slope x, row by row."""
+    return ((A @ x[..., None])[..., 0] + slope).mul_(x).sum(1)
 
 
 def normal_equations(
