@@ -44,8 +44,7 @@ _AIMING = 4  # matrices of a group's width while a weight is aimed: H and D, H d
 @dataclass(frozen=True)
 class Job:
     """What is planned: a model of `weight_bytes` per weight, windows, how they are held,
-    whether the float model runs beside the quantized one, the sweeps and refits of every solve, and
-    the passes of tuning at the end.
+    whether the float model runs beside the quantized one, and the sweeps and refits of every solve.
     """
 
     llama: LlamaConfig
@@ -56,7 +55,6 @@ class Job:
     storage: Storage = Storage()  # noqa: RUF009 - frozen
     budget: Budget = Budget()  # noqa: RUF009 - frozen
     beside: bool = False
-    tuning: int = 0
     sweeps: int = 0
     refits: int = 0
 
@@ -124,7 +122,7 @@ def products(job: Job) -> int:
 
 
 def cost(job: Job) -> float:
-    """Operations of a large product that take as long as all of the work but tuning."""
+    """Operations of a large product that take as long as all of the work."""
     llama, streams = job.llama, 2 if job.beside else 1
     squares = sum(min(g.width, _SQUARE) ** 2 * g.width for g in groups_of(llama)) * streams
     steps = 2 + job.sweeps + job.refits + streams - 1
@@ -189,21 +187,3 @@ def _down(job: Job) -> int:
 def _kept(job: Job) -> int:
     """What of it is kept rather than computed twice."""
     return min(_down(job), job.budget.keep_bytes)
-
-
-def tuning(job: Job) -> tuple[float, float]:
-    """Work and memory of tuning.
-
-    A pass is a forward, a second one with gradients and the backward, 8 operations a weight and
-    token, and 6 for a weight of the head. In memory are seven values for each scale, the head and
-    the embedding, one layer's weights and gradients with the codes as they are read, and of one
-    window the input of every layer and what a layer makes of it.
-    """
-    llama, layers = job.llama, job.llama.num_hidden_layers
-    head, weights = llama.vocab_size * llama.hidden_size, weights_of(llama)
-    group = job.config.group_size if job.config.group_size > 0 else llama.hidden_size
-    work = job.tokens * (job.tuning * (8 * weights * layers + 6 * head) + 2 * weights * layers)
-    window = 4 * job.seq_len * (layers * llama.hidden_size + 6 * llama.intermediate_size)
-    memory = _BASE_BYTES + 7 * 4 * layers * weights / group + head * (4 + job.weight_bytes)
-    memory += 16 * weights + window + (0 if job.storage.spill else states_bytes(job))
-    return work, memory
