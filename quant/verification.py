@@ -15,8 +15,10 @@ from quant.sources import open_checkpoint
 def digest(qt: QuantizedTensor) -> str:
     """A hash of codes, scales and zeros."""
     parts = (qt.codes, qt.grid.scales.to(torch.float16), qt.grid.zeros)
-    data = b"".join(part.cpu().contiguous().numpy().tobytes() for part in parts)
-    return hashlib.sha256(data).hexdigest()
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.cpu().contiguous().numpy().data)
+    return total.hexdigest()
 
 
 def verify(folder: Path, digests: dict[str, str]) -> None:
