@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quant.config import QuantConfig
 
-_ROWS = 64  # of a matrix that are dequantized at a time: they stay in the cache
+_ROWS, _MANY_ROWS = 64, 4096  # dequantized at a time: as stay in a CPU's cache, and elsewhere
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 LARGEST_SCALE = 65504.0
 
@@ -84,9 +84,10 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """scale * (code - zero), (out, in); computed in float32, then cast."""
         weight = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
-        for start in range(0, len(weight), _ROWS):
-            part = self.rows(slice(start, start + _ROWS))
-            weight[start : start + _ROWS] = part._dequantize()
+        step = _ROWS if weight.is_cpu else _MANY_ROWS
+        for start in range(0, len(weight), step):
+            part = self.rows(slice(start, start + step))
+            weight[start : start + step] = part._dequantize()
         return weight
 
     def _dequantize(self) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK = 64  # rows at a time
+_CHUNK, _LARGE_CHUNK = 64, 4096  # rows at a time: on a CPU, and elsewhere
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -41,7 +41,8 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
             f"{words.shape[0]} {words.dtype} words do not hold {count} codes of {bits} bits"
         )
     codes = torch.empty(words.shape[1], count, dtype=torch.uint8, device=words.device)
-    for part, into in zip(words.split(_CHUNK, 1), codes.split(_CHUNK), strict=True):
+    step = _CHUNK if words.is_cpu else _LARGE_CHUNK
+    for part, into in zip(words.split(step, 1), codes.split(step), strict=True):
         data = part.T.reshape(-1).view(torch.uint8)
         flat = _spread_3(data) if bits == 3 else _spread(data, bits)
         into.copy_(flat.view(into.shape))
@@ -54,7 +55,8 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     if count % 32:
         raise ValueError(f"cannot pack {count} codes: the GPTQ format needs a multiple of 32")
     words = torch.empty(len(codes), count * bits // 32, dtype=torch.int32, device=codes.device)
-    for part, into in zip(codes.split(_CHUNK), words.split(_CHUNK), strict=True):
+    step = _CHUNK if codes.is_cpu else _LARGE_CHUNK
+    for part, into in zip(codes.split(step), words.split(step), strict=True):
         flat = part.reshape(-1)
         data = _squeeze_3(flat) if bits == 3 else _squeeze(flat, bits)
         into.copy_(data.view(torch.int32).view(into.shape))

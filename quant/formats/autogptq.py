@@ -18,7 +18,7 @@ from the shapes of the tensors, never by a foreign expression. `lm_head` announc
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,8 @@ class Writer:
         if index is None:
             index = torch.arange(qt.in_features) // (qt.in_features // groups)
         stored_zeros = qt.grid.zeros - (1 if self.version == 1 else 0)
-        self._shards.add(f"{name}.qweight", pack(qt.codes.T.cpu(), qt.bits))
-        self._shards.add(f"{name}.qzeros", pack(stored_zeros.cpu(), qt.bits).T)
+        self._shards.add(f"{name}.qweight", pack(qt.codes.T, qt.bits))
+        self._shards.add(f"{name}.qzeros", pack(stored_zeros, qt.bits).T)
         self._shards.add(f"{name}.scales", qt.grid.scales.T.to(torch.float16))
         self._shards.add(f"{name}.g_idx", index.to(torch.int32))
 
@@ -214,8 +214,22 @@ def _read_one(
     reader: CheckpointReader, module: str, config: QuantConfig, version_1: bool
 ) -> QuantizedTensor:
     """One linear, with its zeros brought to the meaning of quant.grid."""
-    words, scales = reader.tensor(f"{module}.qweight"), reader.tensor(f"{module}.scales")
-    zero_words, bits = reader.tensor(f"{module}.qzeros"), _bits(reader, module, config)
+    names = [f"{module}.{part}" for part in ("qweight", "qzeros", "scales")]
+    names += [name for name in [f"{module}.g_idx"] if name in reader]
+    config = replace(config, bits=_bits(reader, module, config))
+    return _decode(module, {name: reader.tensor(name) for name in names}, config, version_1)
+
+
+def read_module(module: str, tensors: Mapping[str, Tensor], config: QuantConfig) -> QuantizedTensor:
+    """One linear of the tensors that a Writer made; `config` is that linear's."""
+    return _decode(module, tensors, config, version_1=config.symmetric)
+
+
+def _decode(
+    module: str, tensors: Mapping[str, Tensor], config: QuantConfig, version_1: bool
+) -> QuantizedTensor:
+    words, scales = tensors[f"{module}.qweight"], tensors[f"{module}.scales"]
+    zero_words, bits = tensors[f"{module}.qzeros"], config.bits
     if not words.dim() == scales.dim() == zero_words.dim() == 2:
         raise ValueError(f"{module}: qweight, scales and qzeros are not all matrices")
     out_features, in_features = scales.shape[1], words.shape[0] * 32 // bits
@@ -228,8 +242,7 @@ def _read_one(
     already_true = config.symmetric and bool((zeros == 2 ** (bits - 1)).all())
     if version_1 and not already_true:  # else written as version 2, labelled 1
         zeros = zeros + 1
-    index = reader.tensor(f"{module}.g_idx") if f"{module}.g_idx" in reader else None
-    return assemble(module, codes, scales.T, zeros, bits, index)
+    return assemble(module, codes, scales.T, zeros, bits, tensors.get(f"{module}.g_idx"))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from quant.grid import LARGEST_SCALE, SMALLEST_SCALE, QuantizedTensor
 from quant.native.products import product, product_sums
 
 _ROWS, _NUMBERS = 512, 1 << 23  # at a time: what a group makes of rows stays in the cache; in A
+_MANY_ROWS, _MANY_NUMBERS = 4096, 1 << 25  # the same where that is no CPU's cache
 _RIDGE = 1e-6  # of the mean diagonal of A: codes of two groups may be all but dependent
 
 
@@ -38,7 +39,8 @@ def refit(
         each row, (out,) float64, never above 0; and by how much the energy w H w^T of each row was
         more than its loss, (out,) float64: q H q^T + 2 (w - q) H q^T = s A s + 2 b s.
     """
-    step = min(_ROWS, max(16, _NUMBERS // tensor.grid.scales.shape[1] ** 2))
+    most, numbers = (_ROWS, _NUMBERS) if weight.is_cpu else (_MANY_ROWS, _MANY_NUMBERS)
+    step = min(most, max(16, numbers // tensor.grid.scales.shape[1] ** 2))
     parts = (
         _refit_rows(weight[rows], hessian, tensor.rows(rows))
         for rows in (slice(start, start + step) for start in range(0, len(weight), step))

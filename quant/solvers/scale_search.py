@@ -27,7 +27,7 @@ from quant.native import searching
 
 _COARSE = torch.linspace(0.35, 1.05, 11).tolist()  # fractions of the min-max scale, 0.07 apart
 _FINE = torch.linspace(0.93, 1.07, 11).tolist()  # fractions of the best coarse scale
-_CHUNK_ELEMENTS = 1 << 17  # weights at a time: temporaries stay in the cache
+_CHUNK, _LARGE_CHUNK = 1 << 17, 1 << 25  # weights at a time: in a CPU's cache, and elsewhere
 
 
 def fit_weighted(
@@ -54,7 +54,7 @@ def fit_weighted(
         begin = start.scales, start.zeros
         scales, zeros = searching.search(weight, importance, begin, (coarse, _FINE), limits)
         return replace(start, scales=scales, zeros=zeros.to(torch.uint8))
-    rows = max(1, _CHUNK_ELEMENTS // weight.shape[1])
+    rows = max(1, (_CHUNK if weight.is_cpu else _LARGE_CHUNK) // weight.shape[1])
     parts = []
     for first in range(0, len(weight), rows):
         chunk = slice(first, first + rows)
