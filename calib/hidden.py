@@ -4,8 +4,8 @@
     next      first the input of o_proj, then the sum after attention, then the layer's output
 
 After a layer the two are swapped. Because `present` stays as it is, it can be saved to disk while
-the layer runs. Both are allocated once per run, in memory or as files that are mapped into it. So
-is, in memory, the room for what a layer keeps of its widest input.
+the layer runs. Both are allocated once per run, in memory, on the GPU, or as files that are mapped
+into memory. So is the room for what a layer keeps of its widest input.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ class Storage:
     Attributes:
         dtype: float32, or bfloat16 for half the room; arithmetic is float32 either way.
         spill: a folder for files instead of memory.
+        device: "cpu", or "cuda" for the GPU's memory, which spares every batch its way there and
+            back; not together with `spill`.
     """
 
     dtype: torch.dtype = torch.float32
     spill: Path | None = None
+    device: str = "cpu"
 
 
 class HiddenStates:
@@ -88,7 +91,7 @@ class HiddenStates:
         """The bytes of the hidden states, window by window; see `restore`."""
         for window in range(self.windows):
             raw = self.present.stored(slice(window, window + 1), self.hidden_size)
-            yield raw.contiguous().view(torch.uint8).numpy().tobytes()
+            yield raw.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
     def restore(self, window: int, raw: bytearray) -> None:
         """Put back the bytes of one window that `chunks` gave."""
@@ -107,7 +110,7 @@ class _Buffer:
     def __init__(self, shape: tuple[int, int, int], storage: Storage) -> None:
         self.dtype, self._map = storage.dtype, None
         if storage.spill is None:
-            self._data = torch.empty(shape, dtype=storage.dtype)
+            self._data = torch.empty(shape, dtype=storage.dtype, device=storage.device)
         else:
             count = shape[0] * shape[1] * shape[2]
             self._map = _mapped_file(storage.spill, count * storage.dtype.itemsize)

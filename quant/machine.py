@@ -23,13 +23,13 @@ class Rates:
     disk: float
 
 
-def measure(folder: Path) -> Rates:
-    """Time a float32 product for about a second, and 64 MB to the disk of `folder`."""
-    left, right = torch.rand(1024, 2048), torch.rand(2048, 2048)
-    product(left, right)
+def measure(folder: Path, device: str = "cpu") -> Rates:
+    """Time a float32 product on a device for about a second, and 64 MB to the disk of `folder`."""
+    left, right = torch.rand(1024, 2048, device=device), torch.rand(2048, 2048, device=device)
+    product(left, right).sum().item()
     count, start = 0, time.perf_counter()
     while (seconds := time.perf_counter() - start) < 1:
-        product(left, right)
+        product(left, right)[0, 0].item()  # waits for a GPU
         count += 1
     flops = count * 2 * 1024 * 2048 * 2048 / seconds
     start = time.perf_counter()
@@ -51,6 +51,17 @@ def available_memory() -> int | None:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
     except (OSError, StopIteration):
         return None
+
+
+def free_gpu_memory() -> int:
+    """Bytes that are free on the GPU of this process, which must have one."""
+    free: int = torch.cuda.mem_get_info()[0]
+    return free
+
+
+def peak_gpu_memory_bytes() -> int | None:
+    """The most memory that tensors took on the GPU; None where none was used."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
 
 
 def return_memory() -> None:

@@ -19,10 +19,20 @@ from quant.config import QuantConfig
 from quant.geometry import stored_bytes
 from quant.layer_reader import plain_tensors
 from quant.llama.config import LlamaConfig
-from quant.machine import Rates, available_memory, nearest_folder
+from quant.machine import Rates, available_memory, free_gpu_memory, nearest_folder
 from quant.partial import partial_path
 from quant.units import duration, size
-from quant.workload import Job, cost, peak_bytes, states_bytes, work
+from quant.workload import (
+    COSTS,
+    Job,
+    cost,
+    down_bytes,
+    peak_bytes,
+    states_bytes,
+    tuning,
+    waiting,
+    work,
+)
 
 _SHARD_BYTES = 4 << 30  # joined beside its parts
 _START_SECONDS, _LAYER_SECONDS = 1.0, 0.06  # checks and reading back; files of a layer
@@ -37,18 +47,24 @@ class Plan:
     flops: dict[str, float]
     cost: float  # operations of a large product that take as long as all of the work
     memory: int
+    gpu_memory: int
     states: int  # hidden states of two layer boundaries
     spilled: int
     output: int
+    tuned: bool
+    waiting: float  # seconds
 
     @property
     def disk(self) -> int:
-        """Bytes beside the output at most: its parts, the shard they become, the hidden states."""
-        return self.output + min(_SHARD_BYTES, self.output) + self.states
+        """Bytes beside the output at most: its parts, the shard they become or the parts that
+        tuning replaces, the hidden states.
+        """
+        again = self.output if self.tuned else min(_SHARD_BYTES, self.output)
+        return self.output + again + self.states
 
     def seconds(self, rates: Rates) -> float:
         """Time at the measured rates; the disk works while a layer is computed."""
-        least = _START_SECONDS + _LAYER_SECONDS * self.layers
+        least = _START_SECONDS + _LAYER_SECONDS * self.layers + self.waiting
         return least + max(self.cost / rates.flops, self.written / rates.disk)
 
     @property
@@ -63,31 +79,47 @@ class Plan:
             f"plan: {self.layers} layers, {self.tokens} tokens",
             f"work: {work} TFLOP; about {duration(round(self.seconds(rates)))} at the "
             f"{rates.flops / 1e9:.0f} GFLOP/s and {rates.disk / 1e9:.2f} GB/s measured here",
-            f"peak memory: about {size(self.memory)}; disk: {size(self.disk)} while it runs"
+            f"peak memory: about {size(self.memory)}{self.of_gpu}; "
+            f"disk: {size(self.disk)} while it runs"
             + (f" and {size(self.spilled)} spilled" if self.spilled else "")
             + f", {size(self.output)} of output",
         ]
 
+    @property
+    def of_gpu(self) -> str:
+        """What the GPU has to hold, in words."""
+        return f" and {size(self.gpu_memory)} of the GPU" if self.gpu_memory else ""
+
 
 def make_plan(job: Job) -> Plan:
     """Count a run."""
-    inside, outside = stored_bytes(job.llama, job.config, job.weight_bytes)
+    llama, flops, (memory, gpu_memory) = job.llama, work(job), peak_bytes(job)
+    longer = cost(job)
+    if job.tuning:
+        flops["tuning"], *tuning_memory = tuning(job)
+        longer += flops["tuning"] * COSTS["forward"]
+        memory, gpu_memory = max(memory, tuning_memory[0]), max(gpu_memory, tuning_memory[1])
+    inside, outside = stored_bytes(llama, job.config, job.weight_bytes)
     states, streams = states_bytes(job), 2 if job.beside else 1
     return Plan(
-        layers=job.llama.num_hidden_layers,
+        layers=llama.num_hidden_layers,
         tokens=job.tokens,
-        flops=work(job),
-        cost=cost(job),
-        memory=int(peak_bytes(job)),
+        flops=flops,
+        cost=longer,
+        memory=int(memory),
+        gpu_memory=int(gpu_memory),
         states=states,
         spilled=streams * states if job.storage.spill else 0,
         output=int(inside + outside),
+        tuned=job.tuning > 0,
+        waiting=waiting(job, inside + outside),
     )
 
 
 def fit_memory(job: Job, limit: int, folder: Path) -> Job:
-    """The job with as little saving as brings its forecast under `limit` bytes: first nothing of
-    down_proj's input is kept, then activations go to `folder`, then batches are smaller.
+    """The job with as little saving as brings its forecast under `limit` bytes, of this machine and
+    of its GPU: first nothing of down_proj's input is kept, then activations go to `folder`, then
+    batches are smaller.
 
     Raises:
         ValueError: nothing of this suffices.
@@ -101,12 +133,25 @@ def fit_memory(job: Job, limit: int, folder: Path) -> Job:
         replace(spilled, budget=Budget(batch_tokens=256, keep_bytes=0)),
     ]
     for way in ways:
-        if make_plan(way).memory <= limit:
+        plan = make_plan(way)
+        if max(plan.memory, plan.gpu_memory) <= limit:
             return way
     raise ValueError(
-        f"max-memory {size(limit)}: the least this model takes is about "
-        f"{size(make_plan(ways[-1]).memory)}"
+        f"max-memory {size(limit)}: the least this model takes is about {size(plan.memory)}"
+        + plan.of_gpu
     )
+
+
+def use_gpu_memory(job: Job, limit: int) -> Job:
+    """The job with the activations between layers on the GPU, and all of down_proj's input kept
+    there, as far as the forecast stays under `limit` bytes.
+    """
+    storage = job.storage if job.storage.spill else replace(job.storage, device="cuda")
+    for budget in (replace(job.budget, keep_bytes=down_bytes(job)), job.budget):
+        way = replace(job, storage=storage, budget=budget)
+        if make_plan(way).gpu_memory <= limit:
+            return way
+    return job
 
 
 def check_room(plan: Plan, output: Path, spill: Path | None) -> None:
@@ -123,6 +168,11 @@ def check_room(plan: Plan, output: Path, spill: Path | None) -> None:
             f"{advice}, or fewer --samples"
         )
     written = sum(file.stat().st_size for file in partial_path(output).glob("*"))
+    if plan.gpu_memory and plan.gpu_memory > (free := free_gpu_memory()):
+        raise ValueError(
+            f"GPU memory: about {size(plan.gpu_memory)} are needed and {size(free)} are free; pass "
+            "--max-memory, or --device cpu"
+        )
     needs = {nearest_folder(output): plan.disk - written}
     if spill is not None:
         same = os.stat(nearest_folder(output)).st_dev == os.stat(nearest_folder(spill)).st_dev
@@ -143,6 +193,7 @@ def job_of(
     windows: tuple[int, int],
     solver: Any,
     storage: Storage = Storage(),  # noqa: B008 - frozen
+    device: str = "cpu",
 ) -> Job:
     """The job of quantizing a checkpoint.
 
@@ -150,6 +201,7 @@ def job_of(
         windows: how many, and their tokens.
         solver: the options of one of SOLVERS.
         storage: dtype and place of the activations between layers.
+        device: where layers are computed, "cpu" or "cuda".
     """
     return Job(
         llama,
@@ -158,8 +210,10 @@ def job_of(
         _weight_bytes(reader, llama),
         storage,
         beside=getattr(solver, "needs_float", False),
+        tuning=getattr(solver, "tuning", 0),
         sweeps=getattr(solver, "sweeps", 0),
         refits=getattr(solver, "refits", 0),
+        device=device,
     )
 
 

@@ -21,7 +21,7 @@ from quant.code_counts import CodeCounts
 from quant.config import QuantConfig
 from quant.durable import write_file
 from quant.fingerprint import own_version
-from quant.machine import peak_memory_bytes
+from quant.machine import peak_gpu_memory_bytes, peak_memory_bytes
 
 FILE_NAME = "quantize_report.json"
 
@@ -98,6 +98,9 @@ class Report:
         layers: name, seconds and peak_memory_bytes of each layer, in order, and of a quantized
             head; those that an earlier run finished are as they were there.
         evaluations: what `eval` measured, one for each text and protocol.
+        tuning: what quant.tuning did after the linears were solved, whose errors are those before
+            it; None without any.
+        peak_gpu_memory_bytes: None where no GPU was used.
     """
 
     model: str
@@ -111,6 +114,8 @@ class Report:
     forecast: dict[str, float] | None = None
     layers: tuple[dict[str, Any], ...] = ()
     evaluations: tuple[dict[str, Any], ...] = ()
+    tuning: dict[str, Any] | None = None
+    peak_gpu_memory_bytes: int | None = None
 
     @classmethod
     def of_run(
@@ -133,6 +138,7 @@ class Report:
             calibration=shape,
             seconds=round(time.perf_counter() - start, 2),
             peak_memory_bytes=peak_memory_bytes(),
+            peak_gpu_memory_bytes=peak_gpu_memory_bytes(),
             versions={
                 "llama-gptq": own_version(),
                 "torch": torch.__version__,
@@ -157,7 +163,6 @@ class Report:
         if not (folder / FILE_NAME).is_file():
             raise ValueError(f"{folder}: has no {FILE_NAME}; only what `quantize` made has one")
         stored = read_json(folder / FILE_NAME)
-        stored.pop("tuning", None)  # older reports tell of a step that is gone
         try:
             lists = {"linears": tuple(LinearReport.from_dict(d) for d in stored["linears"])}
             lists |= {key: tuple(stored.get(key, ())) for key in ("layers", "evaluations")}
@@ -195,7 +200,7 @@ class Report:
             ""
             if self.peak_memory_bytes is None
             else f", peak memory {self.peak_memory_bytes / 1e9:.2f} GB"
-        )
+        ) + _of_gpu(self.peak_gpu_memory_bytes)
         errors = f"mean relative error {mine:.5f} (round-to-nearest {plain:.5f})"
         return f"{errors}, {self.seconds:.1f} s{memory}"
 
@@ -204,9 +209,11 @@ class Report:
         if self.forecast is None or self.peak_memory_bytes is None:
             return ""
         memory = self.forecast["peak_memory_bytes"] / 1e9
+        gpu = _of_gpu(self.forecast.get("peak_gpu_memory_bytes"))
         return (
-            f"forecast {self.forecast['seconds']:.1f} s, peak memory {memory:.2f} GB; "
+            f"forecast {self.forecast['seconds']:.1f} s, peak memory {memory:.2f} GB{gpu}; "
             f"measured {self.seconds:.1f} s, {self.peak_memory_bytes / 1e9:.2f} GB"
+            + _of_gpu(self.peak_gpu_memory_bytes)
         )
 
     def write(self, folder: Path) -> None:
@@ -214,6 +221,11 @@ class Report:
         text = json.dumps(asdict(self), indent=1) + "\n"
         text = re.sub(r"\[[\s\d,]+\]", lambda numbers: " ".join(numbers[0].split()), text)
         write_file(folder / FILE_NAME, lambda file: _write_text(file, text))
+
+
+def _of_gpu(memory: float | None) -> str:
+    """The peak of a GPU's memory in words, where one was used."""
+    return f" and {memory / 1e9:.2f} GB of the GPU" if memory else ""
 
 
 def _protocol(measured: dict[str, Any]) -> tuple[Any, ...]:

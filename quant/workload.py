@@ -35,6 +35,11 @@ _WEIGHT_COST = 4500  # one weight through a step of its solve, beside the produc
 _SQUARE_COST = 15  # one of the squares on the diagonal that LAPACK factors,
 _SQUARE = 512  # of which each has so many columns
 _BASE_BYTES = 400_000_000  # torch, the tokenizer, the calibration text
+_GPU_BASE_BYTES = 1_150_000_000  # more of this machine's memory, for the GPU's libraries
+_CHUNKS = 1_000_000_000  # of the GPU's memory: pieces of a weight in which scales are searched
+# Seconds that a GPU waits: for the steps of a column of a block, and for the machine to pack, hash
+# and read back a weight, and to write, hash and join a byte of the output.
+_COLUMN_S, _WEIGHT_S, _BYTE_S = 11.5e-6, 3.5e-9, 4.1e-9
 _SQUARES = 2  # matrices of a group's width: the Hessian and its factor
 _STACKS = 1.5  # of the shape that is solved: errors, and codes twice; one more where linears join
 _GATHERED = 3072  # columns of a weight that are gathered or corrected at a time
@@ -44,7 +49,8 @@ _AIMING = 4  # matrices of a group's width while a weight is aimed: H and D, H d
 @dataclass(frozen=True)
 class Job:
     """What is planned: a model of `weight_bytes` per weight, windows, how they are held,
-    whether the float model runs beside the quantized one, and the sweeps and refits of every solve.
+    whether the float model runs beside the quantized one, the sweeps and refits of every solve, the
+    passes of tuning at the end, and where layers are computed.
     """
 
     llama: LlamaConfig
@@ -55,8 +61,10 @@ class Job:
     storage: Storage = Storage()  # noqa: RUF009 - frozen
     budget: Budget = Budget()  # noqa: RUF009 - frozen
     beside: bool = False
+    tuning: int = 0
     sweeps: int = 0
     refits: int = 0
+    device: str = "cpu"
 
     @property
     def tokens(self) -> int:
@@ -90,7 +98,13 @@ def work(job: Job) -> dict[str, float]:
     """Operations of the whole run, by part."""
     llama, tokens, groups = job.llama, job.tokens, groups_of(job.llama)
     wide = llama.num_attention_heads * llama.head_dim
-    again = 4 * llama.hidden_size * llama.intermediate_size * tokens * (1 - _kept(job) / _down(job))
+    again = (
+        4
+        * llama.hidden_size
+        * llama.intermediate_size
+        * tokens
+        * (1 - _kept(job) / down_bytes(job))
+    )
     streams = 2 if job.beside else 1
     layer = {
         "forward": streams * (2 * weights_of(llama) * tokens + again),
@@ -122,7 +136,7 @@ def products(job: Job) -> int:
 
 
 def cost(job: Job) -> float:
-    """Operations of a large product that take as long as all of the work."""
+    """Operations of a large product that take as long as all of the work but tuning."""
     llama, streams = job.llama, 2 if job.beside else 1
     squares = sum(min(g.width, _SQUARE) ** 2 * g.width for g in groups_of(llama)) * streams
     steps = 2 + job.sweeps + job.refits + streams - 1
@@ -135,10 +149,17 @@ def cost(job: Job) -> float:
     return large + small + _ELEMENT_COST * elements(job)
 
 
+def waiting(job: Job, output: float) -> float:
+    """Seconds in which a GPU computes nothing large; `output` is the bytes of the checkpoint."""
+    columns = sum(group.width for group in groups_of(job.llama)) * (1 + job.sweeps)
+    layer = columns * _COLUMN_S + weights_of(job.llama) * _WEIGHT_S
+    return layer * job.llama.num_hidden_layers + output * _BYTE_S if job.device != "cpu" else 0.0
+
+
 def elements(job: Job) -> float:
     """Activations that pass through norms and SiLU."""
     llama = job.llama
-    width = 2 * llama.hidden_size + llama.intermediate_size * (2 - _kept(job) / _down(job))
+    width = 2 * llama.hidden_size + llama.intermediate_size * (2 - _kept(job) / down_bytes(job))
     return job.tokens * width * llama.num_hidden_layers * (2 if job.beside else 1)
 
 
@@ -154,12 +175,24 @@ def packed_bytes(job: Job) -> float:
     return inside / job.llama.num_hidden_layers
 
 
-def peak_bytes(job: Job) -> float:
-    """Memory at the widest moment."""
-    llama, groups = job.llama, groups_of(job.llama)
+def peak_bytes(job: Job) -> tuple[float, float]:
+    """Memory at the widest moment, of the machine and of its GPU."""
     held = states_bytes(job) * (0 if job.storage.spill else 2 if job.beside else 1)
-    embedding = llama.vocab_size * llama.hidden_size * job.weight_bytes
-    moments = [2.5 * embedding]  # its check: the mapped file and what tells of each value
+    checking = job.llama.vocab_size * job.llama.hidden_size * job.weight_bytes  # the mapped file
+    base, solving = _BASE_BYTES + packed_bytes(job), _solving_bytes(job)
+    if job.device == "cpu":
+        return base + max(checking, solving + held), 0
+    base += _GPU_BASE_BYTES
+    reading = 1.25 * weights_of(job.llama) * job.weight_bytes  # a layer, and what is copied of it
+    if job.storage.device == "cpu":
+        return base + max(checking, reading + held), solving + _CHUNKS
+    return base + max(checking, reading), solving + _CHUNKS + held
+
+
+def _solving_bytes(job: Job) -> float:
+    """What is held of a layer at its widest moment."""
+    llama, groups = job.llama, groups_of(job.llama)
+    moments = []
     mlp = sum(group.rows * group.width for group in groups[2:])
     batch = max(job.budget.batch_tokens, job.seq_len) * llama.intermediate_size * 4 * 3
     for index, group in enumerate(groups):
@@ -171,19 +204,43 @@ def peak_bytes(job: Job) -> float:
         if job.beside and index < 3:
             solving = max(_AIMING * group.width**2 + 2 * group.rows * group.width, solving)
         taking = group.width**2 + batch / 4
-        moments.append(4 * (weights + beside + max(solving, taking)) + kept + held)
+        moments.append(4 * (weights + beside + max(solving, taking)) + kept)
     if job.config.has_head:
         width, rows = llama.hidden_size, llama.vocab_size
         solving = _SQUARES * width**2 + (_STACKS + 1) * rows * width + _GATHERED * rows
-        moments.append(4 * solving + held)
-    return _BASE_BYTES + packed_bytes(job) + max(moments)
+        moments.append(4 * solving)
+    return max(moments)
 
 
-def _down(job: Job) -> int:
+def down_bytes(job: Job) -> int:
     """Bytes of the input of down_proj."""
     return job.tokens * job.llama.intermediate_size * 4
 
 
 def _kept(job: Job) -> int:
     """What of it is kept rather than computed twice."""
-    return min(_down(job), job.budget.keep_bytes)
+    return min(down_bytes(job), job.budget.keep_bytes)
+
+
+def tuning(job: Job) -> tuple[float, float, float]:
+    """Work of tuning, and its memory as in `peak_bytes`.
+
+    A pass is a forward, a second one with gradients and the backward, 8 operations a weight and
+    token, and 6 for a weight of the head. In memory are seven values for each scale, the head and
+    the embedding, one layer's weights and gradients with the codes as they are read, and of one
+    window the input of every layer and what a layer makes of it.
+    """
+    llama, layers = job.llama, job.llama.num_hidden_layers
+    head, weights = llama.vocab_size * llama.hidden_size, weights_of(llama)
+    group = job.config.group_size if job.config.group_size > 0 else llama.hidden_size
+    work = job.tokens * (job.tuning * (8 * weights * layers + 6 * head) + 2 * weights * layers)
+    window = 4 * job.seq_len * (layers * llama.hidden_size + 6 * llama.intermediate_size)
+    held = 0 if job.storage.spill else states_bytes(job)
+    values = 7 * 4 * layers * weights / group + 4 * head + 16 * weights + window
+    base = _BASE_BYTES + head * job.weight_bytes
+    if job.device == "cpu":
+        return work, base + values + held, 0
+    base += _GPU_BASE_BYTES + 2 * weights  # codes as they are read
+    if job.storage.device == "cpu":
+        return work, base + held, values
+    return work, base, values + held

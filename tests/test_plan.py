@@ -24,7 +24,7 @@ from quant.llama.config import LlamaConfig
 from quant.llama.model import DecoderLayer
 from quant.machine import Rates
 from quant.native import products
-from quant.plan import check_room, fit_memory, make_plan, parse_size
+from quant.plan import check_room, fit_memory, make_plan, parse_size, use_gpu_memory
 from quant.workload import Job
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +87,33 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     spilled = replace(plan, spilled=1)
     with pytest.raises(ValueError, match="of disk are needed and .* are free; choose another"):
         check_room(spilled, tmp_path / "out", tmp_path)
+
+
+def test_a_gpu_has_its_own_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers and, where they fit, activations are there; the machine holds what is read."""
+    host = replace(SEVEN_B, device="cuda")
+    plan = make_plan(host)
+    assert plan.gpu_memory > 4 * (2 * 11008**2 + 3 * 4096 * 11008)  # H, its factor, the MLP
+    assert "GB of the GPU; disk: " in plan.lines(Rates(1e13, 1e9))[2]
+    assert make_plan(SEVEN_B).gpu_memory == 0 and make_plan(SEVEN_B).waiting == 0 < plan.waiting
+    there = use_gpu_memory(host, 10**11)
+    assert there.storage.device == "cuda" and there.budget.keep_bytes == 262144 * 11008 * 4
+    kept = make_plan(there)
+    moved = there.budget.keep_bytes - host.budget.keep_bytes + plan.states
+    assert kept.gpu_memory - plan.gpu_memory == moved and plan.memory - kept.memory > 8e9
+    some = use_gpu_memory(host, kept.gpu_memory - 1)
+    assert some.storage.device == "cuda" and some.budget == host.budget
+    assert use_gpu_memory(host, plan.gpu_memory) == host
+    spilled = replace(host, storage=Storage(spill=tmp_path))
+    assert use_gpu_memory(spilled, 10**11).storage == spilled.storage
+    monkeypatch.setattr("quant.plan.available_memory", lambda: None)
+    monkeypatch.setattr("quant.plan.free_gpu_memory", lambda: plan.gpu_memory - 1)
+    with pytest.raises(
+        ValueError, match="^GPU memory: about .* pass --max-memory, or --device cpu"
+    ):
+        check_room(plan, tmp_path / "out", None)
+    least = max(plan.memory, plan.gpu_memory) - 1
+    assert make_plan(fit_memory(host, least, tmp_path)).memory <= least
 
 
 PEAK = """

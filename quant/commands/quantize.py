@@ -105,9 +105,11 @@ def quantize(
         grids.check_target(target, llama, config)
     mine = windows[distributed.share(len(windows), 0)]  # of one process
     shape, storage = (len(mine), mine.shape[1]), _storage(hidden, spill)
-    job = job_of(reader, llama, config, shape, solver_options, storage)
-    if max_memory is not None:
-        job = fit_memory(job, parse_size(max_memory), output.absolute().parent)
+    job = job_of(reader, llama, config, shape, solver_options, storage, device)
+    limit = None if max_memory is None else parse_size(max_memory)
+    if limit is not None:
+        job = fit_memory(job, limit, output.absolute().parent)
+    job = _use_gpu_memory(job, limit)
     forecast = distributed.from_first(lambda: _forecast(job, output))
     if plan:
         if obstacle := existing(output, overwrite, folder=True):
@@ -150,6 +152,17 @@ def _storage(hidden: str, spill: Path | None) -> Any:
     return Storage(getattr(torch, hidden), spill)
 
 
+def _use_gpu_memory(job: Any, limit: int | None) -> Any:
+    """The job with activations on the GPU, if it has one with room for them."""
+    from quant.machine import free_gpu_memory
+    from quant.plan import use_gpu_memory
+
+    if job.device == "cpu":
+        return job
+    room = int(0.8 * free_gpu_memory())  # what is free in pieces is not of use for all
+    return use_gpu_memory(job, room if limit is None else min(limit, room))
+
+
 def _forecast(job: Any, output: Path) -> dict[str, float]:
     """Print the plan; what the report keeps of it.
 
@@ -159,10 +172,11 @@ def _forecast(job: Any, output: Path) -> dict[str, float]:
     from quant.machine import measure
     from quant.plan import check_room, make_plan
 
-    plan, rates = make_plan(job), measure(output)
+    plan, rates = make_plan(job), measure(output, job.device)
     print("\n".join(plan.lines(rates)), flush=True)
     check_room(plan, output, job.storage.spill)
-    return {"seconds": round(plan.seconds(rates), 1), "peak_memory_bytes": plan.memory}
+    facts = {"seconds": round(plan.seconds(rates), 1), "peak_memory_bytes": plan.memory}
+    return {**facts, "peak_gpu_memory_bytes": plan.gpu_memory} if plan.gpu_memory else facts
 
 
 def _windows(model: Path, sources: list[str], samples: int, length: int, seed: int) -> Any:
@@ -193,10 +207,11 @@ def _run(
     from quant.pipeline import quantize_checkpoint
     from quant.progress import StepPrinter
     from quant.report_page import FILE_NAME as PAGE
+    from quant.tuning import Tuning
 
     try:
         with StepPrinter() as printer:
-            run_options = replace(run_options, on_step=printer)
+            run_options = replace(run_options, on_step=printer, on_pass=printer.passed)
             report = quantize_checkpoint(model, output, windows, config, solver, run_options)
     except KeyboardInterrupt:
         if not (layers := kept(output)):
@@ -209,6 +224,8 @@ def _run(
         print(f"warning: {line}", file=sys.stderr)
     remember(output)
     print(report.summary())
+    if report.tuning is not None:
+        print(Tuning(**report.tuning).summary())
     print(report.against_forecast())
     print(f"report: {output / PAGE}")
     print(f"checkpoint: {output}")
