@@ -52,8 +52,10 @@ def joined() -> Iterator[None]:
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
         _watch = Watch(store, rank, world)
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group(timeout=_TIMEOUT, rank=rank, world_size=world, store=store)
+            torch.cuda.set_device(_local("RANK") % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        ranks = {"rank": rank, "world_size": world}
+        dist.init_process_group(backend, store=store, timeout=_TIMEOUT, **ranks)
         _background = dist.new_group(timeout=_TIMEOUT, backend="gloo")
     except (RuntimeError, ValueError) as error:
         raise ConnectionError(f"the processes do not find one another ({error})") from error
@@ -68,6 +70,29 @@ def joined() -> Iterator[None]:
             dist.destroy_process_group()
         finally:
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+
+
+def check_device(device: str) -> None:
+    """Refuse several processes on one GPU, which NCCL does not connect.
+
+    Raises:
+        ValueError: this machine has more processes of the run than GPUs, and they are asked for.
+    """
+    if device != "cuda" or world_size() == 1:
+        return
+    import torch
+
+    processes, gpus = _local("WORLD_SIZE", 1), torch.cuda.device_count()
+    if processes > gpus:
+        raise ValueError(
+            f"device cuda: {processes} processes for {gpus} GPUs here; start one for each GPU "
+            "(--nproc-per-node), or use --device cpu"
+        )
+
+
+def _local(name: str, otherwise: int = 0) -> int:
+    """What torchrun says of this machine's processes."""
+    return int(os.environ.get(f"LOCAL_{name}", otherwise))
 
 
 def print_error(line: str) -> None:

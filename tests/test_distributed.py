@@ -30,6 +30,18 @@ def test_one_process_is_the_identity() -> None:
     assert list(distributed.deal(iter(chunks), 2, 2)) == chunks
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    distributed.check_device("cuda")  # of one process, whatever the environment says
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    distributed.check_device("cpu")
+    with pytest.raises(ValueError, match="device cuda: 2 processes for 1 GPUs here; start one for"):
+        distributed.check_device("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    distributed.check_device("cuda")
+
+
 def test_importing_does_not_load_torch() -> None:
     code = "import sys, quant.distributed; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
