@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,14 +33,28 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:  # the reader of our output has gone, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             print_error(f"error: {' '.join(str(error).split())}")
+            raise typer.Exit(2) from None
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be imported
+                raise
+            print_error(f"error: {gpu_is_full(error)}")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             print_error("interrupted; nothing was written under the final name")
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+def gpu_is_full(error: RuntimeError) -> str:
+    """What torch tells of a GPU's memory in a paragraph."""
+    wanted = re.search("[0-9.]+ [KMGT]iB", str(error))
+    return (
+        f"the GPU's memory is full{f' ({wanted[0]} more were wanted)' if wanted else ''}; use "
+        "--device cpu, or with quantize --max-memory, and --resume to keep finished layers"
+    )
 
 
 @contextmanager
