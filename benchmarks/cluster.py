@@ -1,33 +1,44 @@
 """What a 70B run takes on many machines, from parts measured on this one.
 
-    python benchmarks/cluster.py             measure, write docs/cluster.json, print the table
-    python benchmarks/cluster.py --table     print the table from docs/cluster.json
+    python benchmarks/cluster.py                   measure, write docs/cluster.json, print the table
+    python benchmarks/cluster.py --device cuda     the same on a GPU
+    python benchmarks/cluster.py --table           print the table from docs/cluster.json
 
-Measured are the rates of the parts of a run in operations per second of one core, each on as little
-as shows it. docs/scaling.md has the formula and what it assumes.
+Measured are the rates of the parts of a run in operations per second of one core, or of a GPU, each
+on as little as shows it; weights per second that the first process packs and hashes; and, of a GPU,
+columns per second of a solve of so few rows that its steps take as long as they take to start.
+docs/scaling.md has the formula and what it assumes.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
-import sys
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from calib.hessian import Hessian
+from quant.code_counts import CodeCounts
 from quant.config import QuantConfig
-from quant.group_solver import solve_group
+from quant.grid import QuantizedTensor
+from quant.group_solver import Solved, solve_group
 from quant.llama.config import LlamaConfig
 from quant.llama.model import DecoderLayer
+from quant.packing import pack
 from quant.solvers.gptq import EFFORTS, factor
+from quant.verification import digest
 
 FILE = Path(__file__).parents[1] / "docs" / "cluster.json"
 HIDDEN, KV, FFN, LAYERS = 8192, 1024, 28672, 80  # Llama 2 70B
 TOKENS, SEQ_LEN = 128 * 2048, 2048
+SIZES = {"cpu": (4096, 11008, 512, 2048), "cuda": (HIDDEN, FFN, 2048, HIDDEN)}  # measured
 GROUPS = ((HIDDEN + 2 * KV, HIDDEN), (HIDDEN, HIDDEN), (2 * FFN, HIDDEN), (HIDDEN, FFN))
 PARAMETERS = sum(rows * inputs for rows, inputs in GROUPS)  # of a layer
 ROWS = 8  # times r n^2: columns, two energies, a refit and a sweep, as quant.workload counts them
@@ -39,7 +50,8 @@ class Machine:
     """One of P equal machines.
 
     Attributes:
-        rates: operations per second of each part.
+        rates: operations per second of each part; weights that are packed, and columns where steps
+            are slow to start, per second.
         network: bytes per second, in and out at once.
         disk: bytes per second of reading weights.
     """
@@ -49,21 +61,27 @@ class Machine:
     disk: float
 
 
-GPU = Machine(
-    {"forward": 40e12, "Hessians": 40e12, "rows": 10e12, "factors": 15e12}, 200e9, 3e9
-)  # assumed: float32 without TF32 on one of today's large GPUs
-
-
 def main() -> None:
-    if "--table" not in sys.argv:
-        FILE.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("--table", action="store_true")
+    asked = parser.parse_args()
     measured = json.loads(FILE.read_text(encoding="utf-8"))
-    for name, rate in measured.items():
-        print(f"{name}: {rate / 1e9:.1f} GFLOP/s of one core")
-    node = Machine({name: rate * CORES for name, rate in measured.items()}, 1.25e9, 1e9)
+    if not asked.table:
+        with torch.inference_mode():
+            measured[asked.device] = measure(torch.device(asked.device))
+        FILE.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    for device, facts in measured.items():
+        print(f"{device}: {facts['machine']}")
+        for name, rate in facts["rates"].items():
+            print(f"  {name}: {rate / 1e9:.3g} G/s")
+    rates = measured["cpu"]["rates"]
+    node = Machine({name: rate * CORES for name, rate in rates.items()}, 1.25e9, 1e9)
+    node.rates["packing"] = rates["packing"]  # by one core
     for count in (1, 8, 64):
         print(f"{count} CPU nodes: {show(hours(node, count))}")
-    print(f"8 GPUs: {show(hours(GPU, 8))}")
+    for count in (1, 8):
+        print(f"{count} GPUs: {show(hours(Machine(measured['cuda']['rates'], 200e9, 1e9), count))}")
 
 
 def hours(machine: Machine, count: int) -> dict[str, float]:
@@ -76,6 +94,8 @@ def hours(machine: Machine, count: int) -> dict[str, float]:
         "Hessians": TOKENS * squares * 9 / 8 / rates["Hessians"] / count,
         "rows": sum(ROWS * rows * inputs**2 for rows, inputs in GROUPS) / rates["rows"] / count,
         "factors": sum(inputs**3 / 3 for _, inputs in GROUPS) / rates["factors"],
+        "columns": sum(inputs for _, inputs in GROUPS) / rates.get("columns", math.inf),
+        "packing": PARAMETERS / rates["packing"],
         "network": (count - 1) / count * (8 * squares + PARAMETERS) / machine.network,
         "reading": 2 * PARAMETERS / machine.disk,
     }
@@ -88,25 +108,33 @@ def show(parts: dict[str, float]) -> str:
     return f"{sum(parts.values()):.1f} h ({listed})"
 
 
-def measure(hidden: int = 4096, ffn: int = 11008, tokens: int = 512, rows: int = 2048) -> dict:
-    """Operations per second of one core, of each part, at the sizes of a 7B layer."""
-    x = torch.randn(tokens, hidden)
-    hessian = Hessian(hidden)
-    layer = DecoderLayer(_llama(hidden, ffn))
-    linears = 4 * hidden**2 + 3 * hidden * ffn
-    rates = {"forward": 2 * linears * tokens / _core_seconds(lambda: _forward(layer, x[None]))}
-    made = tokens * hidden**2 * 9 / 8
-    rates["Hessians"] = made / _core_seconds(lambda: hessian.add(x))
-    hessian.matrix.diagonal().add_(1)
-    order = torch.arange(hidden)
-    rates["factors"] = hidden**3 / 3 / _core_seconds(lambda: factor(hessian.matrix, order, 0.01))
-    weight = torch.randn(rows, hidden)
-    few, many = weight[: rows // 8], weight
-    _solve(few, hessian)  # the first call also starts threads
-    seconds = _core_seconds(lambda: _solve(many, hessian))
-    seconds -= _core_seconds(lambda: _solve(few, hessian))  # the factorization, once
-    rates["rows"] = ROWS * (len(many) - len(few)) * hidden**2 / seconds
-    return rates
+def measure(device: torch.device) -> dict[str, Any]:
+    """The rates of each part on a device, with its name."""
+    hidden, ffn, tokens, rows = SIZES[device.type]
+    gpu, timed, rates = device.type == "cuda", functools.partial(_seconds, device), {}
+    with device:
+        x, layer = torch.randn(tokens, hidden), DecoderLayer(_llama(hidden, ffn))
+        few, many = torch.randn(rows // 8, hidden), torch.randn(rows, hidden)
+        wide = torch.randn(tokens, ffn if gpu else hidden)
+        order = torch.arange(wide.shape[1])
+    linears = sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
+    rates["forward"] = 2 * linears * tokens / timed(functools.partial(_forward, layer, x[None]))
+    del layer
+    hessian, widest = Hessian(hidden, device), Hessian(wide.shape[1], device)
+    rates["Hessians"] = tokens * hidden**2 * 9 / 8 / timed(lambda: hessian.add(x))
+    widest.add(wide)
+    made = len(order) ** 3 / 3
+    rates["factors"] = made / timed(lambda: factor(widest.matrix, order, 0.01))
+    seconds = [timed(functools.partial(_solve, weight, hessian)) for weight in (few, many)]
+    codes = _solve(many, hessian)[0].tensor
+    rates["packing"] = codes.codes.numel() / timed(functools.partial(_pack, codes))
+    more = len(many) - len(few)
+    rates["rows"] = ROWS * more * hidden**2 / (seconds[1] - seconds[0])
+    if gpu:
+        other = timed(lambda: factor(hessian.matrix, order[:hidden], 0.01))
+        other += ROWS * len(few) * hidden**2 / rates["rows"]
+        rates["columns"] = hidden / (seconds[0] - other)
+    return {"machine": torch.cuda.get_device_name() if gpu else "one core", "rates": rates}
 
 
 def _forward(layer: DecoderLayer, x: torch.Tensor) -> None:
@@ -115,8 +143,15 @@ def _forward(layer: DecoderLayer, x: torch.Tensor) -> None:
     layer.mlp.down_proj(layer.mlp.mix(y))
 
 
-def _solve(weight: torch.Tensor, hessian: Hessian) -> None:
-    solve_group([weight], hessian, QuantConfig(), EFFORTS["fast"])
+def _solve(weight: torch.Tensor, hessian: Hessian) -> list[Solved]:
+    return solve_group([weight], hessian, QuantConfig(), EFFORTS["fast"])
+
+
+def _pack(codes: QuantizedTensor) -> None:
+    """What the first process makes of a linear's codes, but for writing them."""
+    pack(codes.codes.T, codes.bits).cpu()
+    digest(codes)
+    CodeCounts.of(codes)
 
 
 def _llama(hidden: int, ffn: int) -> LlamaConfig:
@@ -127,12 +162,24 @@ def _llama(hidden: int, ffn: int) -> LlamaConfig:
     return LlamaConfig.from_dict({**sizes, **heads, **rest, "max_position_embeddings": 4096})
 
 
-def _core_seconds(work: Callable[[], object]) -> float:
-    """Seconds of all threads together, so that other work on the machine disturbs little."""
-    start = time.process_time()
-    with torch.inference_mode():
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Of the second of two calls; on the CPU those of all threads together, so that other work on
+    the machine disturbs little.
+    """
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    seconds = 0.0
+    for _ in range(2):
+        _wait(device)
+        start = clock()
         work()
-    return time.process_time() - start
+        _wait(device)
+        seconds = clock() - start
+    return seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from calib.sampling import token_windows
+from calib.sources import documents
 from quant.config import QuantConfig
 from quant.export import Source
 from quant.formats import autogptq
 from quant.grid import QuantizedTensor, fit_minmax, nearest_codes
-from quant.sources import open_checkpoint
+from quant.sources import open_checkpoint, open_tokenizer
 
 BUNDLED = Path(__file__).parents[1] / "quant" / "bundled"
 GEOMETRY = {
@@ -107,6 +109,13 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 def windows() -> torch.Tensor:
     """8 windows of 64 token ids."""
     return torch.randint(0, 2048, (8, 64), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def bundled_text() -> torch.Tensor:
+    """8 windows of 128 tokens of the bundled model."""
+    encode = open_tokenizer(BUNDLED).encode
+    return token_windows(encode, documents(["stdlib"]), 8, 128, 0)
 
 
 @pytest.fixture
