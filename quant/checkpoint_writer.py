@@ -61,6 +61,7 @@ class CheckpointWriter:
         self.on_shard: Callable[[], None] = lambda: None
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
+        self._early: list[Part] = []  # written since `take`, as there was too much
         self._lock = threading.Lock()
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -68,16 +69,19 @@ class CheckpointWriter:
         self._pending[name] = tensor.detach().cpu().contiguous()
         self._pending_bytes += tensor.numel() * tensor.element_size()
         if self._pending_bytes > _PART_BYTES:
-            self.flush()
+            self._early = self.take()()
 
     def flush(self) -> None:
         """Write the queued tensors as one durable part and free them."""
         self.take()()
 
     def take(self) -> Callable[[], list[Part]]:
-        """Hand over the queued tensors: the result, called in any thread, writes them."""
+        """Hand over the queued tensors: the result, called in any thread, writes them, and returns
+        all parts since the last one.
+        """
         pending, self._pending, self._pending_bytes = self._pending, {}, 0
-        return lambda: [self._write(pending)] if pending else []
+        early, self._early = self._early, []
+        return lambda: [*early, self._write(pending)] if pending else early
 
     def _write(self, tensors: dict[str, Tensor]) -> Part:
         """Make one part."""
@@ -89,8 +93,8 @@ class CheckpointWriter:
             return part
 
     def _number(self) -> int:
-        """Of the last part; parts before it may be gone."""
-        return int(self.parts[-1].name[5:10]) if self.parts else 0
+        """The highest of a part; those of an unfinished layer are gone after a stop."""
+        return max((int(part.name[5:10]) for part in self.parts), default=0)
 
     def close(self) -> None:
         """Join the parts into shards, and write the index last; one shard needs no index."""

@@ -249,6 +249,34 @@ def test_a_full_disk_loses_no_layer(
     assert_same(tmp_path / "quiet", out)
 
 
+@pytest.mark.parametrize("place", ["model.layers.1.mlp.up_proj", "joining"])
+def test_parts_written_before_their_layer_is_done_are_kept(
+    make_checkpoint: Make,
+    windows: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    """As an embedding and a head of more than _PART_BYTES make them."""
+    source, out = make_checkpoint(), tmp_path / "out"
+    quantize_checkpoint(source, tmp_path / "quiet", windows, CONFIG)
+    monkeypatch.setattr("quant.checkpoint_writer._PART_BYTES", 1)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def watch(step: Any) -> None:
+        if place in [linear.name for linear in step.linears]:
+            stop()
+
+    with monkeypatch.context() as patched:
+        patched.setattr("quant.checkpoint_writer._join", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(source, out, windows, CONFIG, run_options=RunOptions(on_step=watch))
+    quantize_checkpoint(source, out, windows, CONFIG, run_options=RunOptions(resume=True))
+    assert_same(tmp_path / "quiet", out)
+
+
 def stop_after(layer: int) -> Callable[[Any], None]:
     def on_step(step: Any) -> None:
         if step.layer == layer:
