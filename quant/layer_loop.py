@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,17 +47,10 @@ class Run:
     options: RunOptions
     windows: Tensor  # of all processes
     mask: Tensor | None
-    held_out: Any = None  # windows and mask that tuning is judged by
     writer: Any = None
     journal: Any = None
     digests: dict[str, str] = field(default_factory=dict)  # of the layer at work
     head: LayerReport | None = None  # of lm_head, once it is quantized
-
-    @property
-    def all_windows(self) -> Tensor:
-        """Those that are solved for, then those held out."""
-        held_out = [] if self.held_out is None else [self.held_out[0]]
-        return torch.cat([self.windows, *held_out])
 
     @property
     def device(self) -> torch.device:
@@ -187,12 +179,11 @@ def _quantize_linears(
     return reports
 
 
-def copy_plain(run: Run, moved: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-    """Embedding, final norm and head as they are, or with the values in `moved`; a head that
-    repeats the embedding, or is quantized, is left out.
+def copy_plain(run: Run) -> None:
+    """Embedding, final norm and head as they are; a head that repeats the embedding, or is
+    quantized, is left out.
     """
     for name in plain_tensors(run.llama):
         if name == "lm_head.weight" and run.config.has_head:
             continue
-        tensor = run.reader.tensor(name)
-        run.writer.add_plain(name, moved.get(name, tensor).to(tensor.dtype))
+        run.writer.add_plain(name, run.reader.tensor(name))

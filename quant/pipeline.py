@@ -48,7 +48,6 @@ from quant.run_options import RunOptions
 from quant.solvers import solver_name
 from quant.solvers.gptq import GPTQOptions
 from quant.sources import open_checkpoint
-from quant.tuning import hold_out, tune_run
 from quant.verification import verify
 
 
@@ -89,7 +88,6 @@ def quantize_checkpoint(
     with distributed.joined(), torch.inference_mode():
         distributed.check_device(run_options.device)
         run = Run(reader, llama, config, solver, run_options, windows, mask)
-        hold_out(run)
         with _telling_how_to_go_on(output):
             if distributed.rank() == 0:
                 report = _lead(run, output, start)
@@ -114,7 +112,7 @@ def _lead(run: Run, output: Path, start: float) -> Report:
     options, config = run.options, run.config
     settings = {"solver": solver_name(run.solver), **vars(run.solver)}
     all_settings = {**config.settings(), **settings, **options.numerics()}
-    marks = fingerprint(run.reader, run.all_windows, run.mask, all_settings)
+    marks = fingerprint(run.reader, run.windows, run.mask, all_settings)
     with partial_folder(output, options.resume, options.overwrite) as folder:
         shards = CheckpointWriter(folder)
         run.writer = FORMATS["autogptq"].Writer(folder, config, settings, shards)
@@ -127,10 +125,9 @@ def _lead(run: Run, output: Path, start: float) -> Report:
         finally:
             journal.close()
         layers = [LayerReport.from_dict(d.report) for d in journal.layers if d.report]
-        path, windows = run.reader.path, run.all_windows
+        path, windows = run.reader.path, run.windows
         report = Report.of_run(path, output, config, settings, windows, layers, start)
         report = replace(report.with_data(options.data), forecast=options.forecast)
-        report = replace(report, tuning=journal.tuning)
         report.write(folder)
         write_card(folder)
         write_page(folder)
@@ -152,7 +149,6 @@ def _fill(run: Run) -> None:
     journal = run.journal
     journal.resume()
     _quantize_layers(run)
-    tune_run(run)
     if len(journal.layers) == run.llama.num_hidden_layers:
         copy_plain(run)
         journal.commit_plain(asdict(run.head) if run.head else {}, run.digests)

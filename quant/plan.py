@@ -22,17 +22,7 @@ from quant.llama.config import LlamaConfig
 from quant.machine import Rates, available_memory, free_gpu_memory, nearest_folder
 from quant.partial import partial_path
 from quant.units import duration, size
-from quant.workload import (
-    COSTS,
-    Job,
-    cost,
-    down_bytes,
-    peak_bytes,
-    states_bytes,
-    tuning,
-    waiting,
-    work,
-)
+from quant.workload import Job, cost, down_bytes, peak_bytes, states_bytes, waiting, work
 
 _SHARD_BYTES = 4 << 30  # joined beside its parts
 _START_SECONDS, _LAYER_SECONDS = 1.0, 0.06  # checks and reading back; files of a layer
@@ -51,16 +41,12 @@ class Plan:
     states: int  # hidden states of two layer boundaries
     spilled: int
     output: int
-    tuned: bool
     waiting: float  # seconds
 
     @property
     def disk(self) -> int:
-        """Bytes beside the output at most: its parts, the shard they become or the parts that
-        tuning replaces, the hidden states.
-        """
-        again = self.output if self.tuned else min(_SHARD_BYTES, self.output)
-        return self.output + again + self.states
+        """Bytes beside the output at most: its parts, the shard they become, the hidden states."""
+        return self.output + min(_SHARD_BYTES, self.output) + self.states
 
     def seconds(self, rates: Rates) -> float:
         """Time at the measured rates; the disk works while a layer is computed."""
@@ -93,25 +79,19 @@ class Plan:
 
 def make_plan(job: Job) -> Plan:
     """Count a run."""
-    llama, flops, (memory, gpu_memory) = job.llama, work(job), peak_bytes(job)
-    longer = cost(job)
-    if job.tuning:
-        flops["tuning"], *tuning_memory = tuning(job)
-        longer += flops["tuning"] * COSTS["forward"]
-        memory, gpu_memory = max(memory, tuning_memory[0]), max(gpu_memory, tuning_memory[1])
-    inside, outside = stored_bytes(llama, job.config, job.weight_bytes)
+    memory, gpu_memory = peak_bytes(job)
+    inside, outside = stored_bytes(job.llama, job.config, job.weight_bytes)
     states, streams = states_bytes(job), 2 if job.beside else 1
     return Plan(
-        layers=llama.num_hidden_layers,
+        layers=job.llama.num_hidden_layers,
         tokens=job.tokens,
-        flops=flops,
-        cost=longer,
+        flops=work(job),
+        cost=cost(job),
         memory=int(memory),
         gpu_memory=int(gpu_memory),
         states=states,
         spilled=streams * states if job.storage.spill else 0,
         output=int(inside + outside),
-        tuned=job.tuning > 0,
         waiting=waiting(job, inside + outside),
     )
 
@@ -210,7 +190,6 @@ def job_of(
         _weight_bytes(reader, llama),
         storage,
         beside=getattr(solver, "needs_float", False),
-        tuning=getattr(solver, "tuning", 0),
         sweeps=getattr(solver, "sweeps", 0),
         refits=getattr(solver, "refits", 0),
         device=device,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from quant.llama.model import LINEAR_GROUPS
-from quant.run_options import Step, TuningPass
+from quant.run_options import Step
 
 
 class StepPrinter:
@@ -64,13 +64,6 @@ class StepPrinter:
             self._console.print(
                 f"{label}  relative error {mean:.5f}  {elapsed:.0f} s, about {remaining:.0f} s left"
             )
-
-    def passed(self, done: TuningPass) -> None:
-        """Say what a pass of tuning gained."""
-        self._console.print(
-            f"tuning {done.number}/{done.passes}  KL on held-out windows {done.after:.5f}, before "
-            f"it {done.before:.5f}  {time.perf_counter() - self._start:.0f} s"
-        )
 
 
 @contextmanager

@@ -98,8 +98,6 @@ class Report:
         layers: name, seconds and peak_memory_bytes of each layer, in order, and of a quantized
             head; those that an earlier run finished are as they were there.
         evaluations: what `eval` measured, one for each text and protocol.
-        tuning: what quant.tuning did after the linears were solved, whose errors are those before
-            it; None without any.
         peak_gpu_memory_bytes: None where no GPU was used.
     """
 
@@ -114,7 +112,6 @@ class Report:
     forecast: dict[str, float] | None = None
     layers: tuple[dict[str, Any], ...] = ()
     evaluations: tuple[dict[str, Any], ...] = ()
-    tuning: dict[str, Any] | None = None
     peak_gpu_memory_bytes: int | None = None
 
     @classmethod
@@ -163,6 +160,7 @@ class Report:
         if not (folder / FILE_NAME).is_file():
             raise ValueError(f"{folder}: has no {FILE_NAME}; only what `quantize` made has one")
         stored = read_json(folder / FILE_NAME)
+        stored.pop("tuning", None)  # older reports tell of a step that is gone
         try:
             lists = {"linears": tuple(LinearReport.from_dict(d) for d in stored["linears"])}
             lists |= {key: tuple(stored.get(key, ())) for key in ("layers", "evaluations")}

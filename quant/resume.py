@@ -54,7 +54,6 @@ class Journal:
         windows: of all processes.
         layers: the finished layers; one more record follows for the embedding, norm and head.
         hidden: (layers before it, file) of the hidden states kept.
-        tuning: what the tuning of all layers came to, once it is done.
         damaged: the run stopped at a damaged layer; it may be continued with other weights.
     """
 
@@ -64,7 +63,6 @@ class Journal:
     windows: int
     layers: list[Finished] = field(default_factory=list)
     hidden: dict[int, Part] = field(default_factory=dict)
-    tuning: dict[str, Any] | None = None
     damaged: bool = False
 
     def __post_init__(self) -> None:
@@ -102,7 +100,6 @@ class Journal:
             layer["parts"] = [Part(**part) for part in layer["parts"]]
             self.layers.append(Finished(**layer))
         self.hidden = {int(before): Part(**file) for before, file in state["hidden"].items()}
-        self.tuning = state["tuning"]
         self._list_parts()
         self._drop_damaged()
         self._list_parts()
@@ -144,15 +141,6 @@ class Journal:
     def close(self) -> None:
         """Finish what is under way and stop the thread."""
         self._pool.shutdown(wait=True)
-
-    def end_tuning(self, facts: dict[str, Any], records: list[Finished]) -> None:
-        """Note what tuning came to; `records`, whose parts are durable, take the place of all
-        others.
-        """
-        self.tuning, self.layers = facts, records or self.layers
-        self._list_parts()
-        self._write_state()
-        self._remove_strangers()
 
     def note_damage(self) -> None:
         """Let the run be continued when the checkpoint is mended, if a layer is finished."""
@@ -200,7 +188,6 @@ class Journal:
         state = {
             "fingerprint": self.fingerprint,
             "layers": [asdict(layer) for layer in self.layers],
-            "tuning": self.tuning,
             "damaged": self.damaged,
             "hidden": {key: asdict(file) for key, file in self.hidden.items()},
             "shards": [asdict(shard) for shard in self.writer.shards],
@@ -224,8 +211,6 @@ class Journal:
         whole = 0
         while whole < len(self.layers) and self._is_whole(self.layers[whole]):
             whole += 1
-        if self.tuning is not None and whole < len(self.layers):
-            whole, self.tuning = 0, None  # tuned layers do not fit others
         while whole and not self._has_hidden(whole):
             whole -= 1
         self.layers = self.layers[:whole]

@@ -21,16 +21,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class TuningPass:
-    """Progress: a pass of tuning is done; losses on held-out windows, before any and after it."""
-
-    number: int
-    passes: int
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
 class RunOptions:
     """How a run goes. Codes depend on `hidden` and, by the order of float32 sums, on `budget`.
 
@@ -43,7 +33,6 @@ class RunOptions:
         forecast: of seconds and peak_memory_bytes, kept in the report beside what was measured.
         data: what the windows are taken from, for the report.
         on_step: called after each solved group.
-        on_pass: called after each pass of tuning.
     """
 
     device: str = "cpu"
@@ -54,7 +43,6 @@ class RunOptions:
     forecast: dict[str, float] | None = None
     data: str = ""
     on_step: Callable[[Step], None] = lambda step: None
-    on_pass: Callable[[TuningPass], None] = lambda done: None
 
     def numerics(self) -> dict[str, Any]:
         """The settings that the codes depend on."""

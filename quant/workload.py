@@ -49,8 +49,8 @@ _AIMING = 4  # matrices of a group's width while a weight is aimed: H and D, H d
 @dataclass(frozen=True)
 class Job:
     """What is planned: a model of `weight_bytes` per weight, windows, how they are held,
-    whether the float model runs beside the quantized one, the sweeps and refits of every solve, the
-    passes of tuning at the end, and where layers are computed.
+    whether the float model runs beside the quantized one, the sweeps and refits of every solve, and
+    where layers are computed.
     """
 
     llama: LlamaConfig
@@ -61,7 +61,6 @@ class Job:
     storage: Storage = Storage()  # noqa: RUF009 - frozen
     budget: Budget = Budget()  # noqa: RUF009 - frozen
     beside: bool = False
-    tuning: int = 0
     sweeps: int = 0
     refits: int = 0
     device: str = "cpu"
@@ -136,7 +135,7 @@ def products(job: Job) -> int:
 
 
 def cost(job: Job) -> float:
-    """Operations of a large product that take as long as all of the work but tuning."""
+    """Operations of a large product that take as long as all of the work."""
     llama, streams = job.llama, 2 if job.beside else 1
     squares = sum(min(g.width, _SQUARE) ** 2 * g.width for g in groups_of(llama)) * streams
     steps = 2 + job.sweeps + job.refits + streams - 1
@@ -220,27 +219,3 @@ def down_bytes(job: Job) -> int:
 def _kept(job: Job) -> int:
     """What of it is kept rather than computed twice."""
     return min(down_bytes(job), job.budget.keep_bytes)
-
-
-def tuning(job: Job) -> tuple[float, float, float]:
-    """Work of tuning, and its memory as in `peak_bytes`.
-
-    A pass is a forward, a second one with gradients and the backward, 8 operations a weight and
-    token, and 6 for a weight of the head. In memory are seven values for each scale, the head and
-    the embedding, one layer's weights and gradients with the codes as they are read, and of one
-    window the input of every layer and what a layer makes of it.
-    """
-    llama, layers = job.llama, job.llama.num_hidden_layers
-    head, weights = llama.vocab_size * llama.hidden_size, weights_of(llama)
-    group = job.config.group_size if job.config.group_size > 0 else llama.hidden_size
-    work = job.tokens * (job.tuning * (8 * weights * layers + 6 * head) + 2 * weights * layers)
-    window = 4 * job.seq_len * (layers * llama.hidden_size + 6 * llama.intermediate_size)
-    held = 0 if job.storage.spill else states_bytes(job)
-    values = 7 * 4 * layers * weights / group + 4 * head + 16 * weights + window
-    base = _BASE_BYTES + head * job.weight_bytes
-    if job.device == "cpu":
-        return work, base + values + held, 0
-    base += _GPU_BASE_BYTES + 2 * weights  # codes as they are read
-    if job.storage.device == "cpu":
-        return work, base + held, values
-    return work, base, values + held

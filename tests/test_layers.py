@@ -15,14 +15,12 @@ LAYERS = [
     ["quant.progress", "quant.inspection", "quant.evaluation_text", "quant.roofline"],
     ["quant.pipeline", "quant.loader", "quant.evaluate", "quant.bench", "quant.export"]
     + ["quant.convert", "quant.publishing"],
-    ["quant.tuning"],
     ["quant.layer_loop", "quant.bit_choice"],
-    ["quant.distill", "quant.sensitivity"],
+    ["quant.sensitivity"],
     ["quant.resume", "quant.follower", "quant.run_options", "quant.model_card", "quant.plan"]
     + ["quant.report_page"],
     ["quant.linear", "quant.report", "quant.verification", "quant.contenders"]
-    + ["quant.runtimes", "quant.group_solver", "quant.layer_inputs", "quant.finished_layers"]
-    + ["quant.workload"],
+    + ["quant.runtimes", "quant.group_solver", "quant.layer_inputs", "quant.workload"],
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.sources", "quant.layer_reader", "quant.fingerprint", "quant.partial", "quant.machine"]
     + ["quant.added_tokens", "quant.code_counts"],

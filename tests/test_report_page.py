@@ -184,14 +184,19 @@ def test_a_damaged_report_is_refused(
 
 
 def test_an_older_report_still_makes_a_page(quantized: Path) -> None:
-    """Without counts, layers and evaluations, which were not kept at first."""
+    """Without counts, layers and evaluations, which were not kept at first; with a step at the end
+    and an option of the solver that there were once.
+    """
     report = json.loads((quantized / "quantize_report.json").read_text())
+    report |= {"tuning": {"windows": 7, "held_out": 1, "before": 0.2, "after": [0.1], "kept": True}}
+    report["settings"] |= {"tuning": 2}
     for linear in report["linears"]:
         del linear["counts"]
     del report["layers"], report["evaluations"]
     (quantized / "quantize_report.json").write_text(json.dumps(report))
     write_page(quantized)
     assert "Codes and scales" not in page_of(quantized).text
+    assert Report.read(quantized).settings["tuning"] == 2
 
 
 def test_the_report_command_and_eval(quantized: Path, tmp_path: Path) -> None:

@@ -207,11 +207,10 @@ def _run(
     from quant.pipeline import quantize_checkpoint
     from quant.progress import StepPrinter
     from quant.report_page import FILE_NAME as PAGE
-    from quant.tuning import Tuning
 
     try:
         with StepPrinter() as printer:
-            run_options = replace(run_options, on_step=printer, on_pass=printer.passed)
+            run_options = replace(run_options, on_step=printer)
             report = quantize_checkpoint(model, output, windows, config, solver, run_options)
     except KeyboardInterrupt:
         if not (layers := kept(output)):
@@ -224,8 +223,6 @@ def _run(
         print(f"warning: {line}", file=sys.stderr)
     remember(output)
     print(report.summary())
-    if report.tuning is not None:
-        print(Tuning(**report.tuning).summary())
     print(report.against_forecast())
     print(f"report: {output / PAGE}")
     print(f"checkpoint: {output}")

@@ -95,10 +95,8 @@ Effort = Annotated[
         "residual stream; the float model "
         "runs beside the quantized one, with a forward, hidden states and layer weights of its "
         "own: 1.7 to 1.9 times the time of fast, perplexity 4.3 % above float where fast is 6.2 % "
-        "(SmolLM2-135M, W4 g64, 16k tokens; docs/accuracy.md). max: at the end also tunes scales "
-        "and norms of all layers towards the float model's predictions, judged by one window in "
-        "eight that is held out; 2 passes over the others, each about six forwards, with the head "
-        "and the embedding in memory.",
+        "(SmolLM2-135M, W4 g64, 16k tokens; docs/accuracy.md). max: the same as balanced at "
+        "present.",
         rich_help_panel=SOLVING,
     ),
 ]

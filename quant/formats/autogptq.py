@@ -18,7 +18,7 @@ from the shapes of the tensors, never by a foreign expression. `lm_head` announc
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,22 +214,8 @@ def _read_one(
     reader: CheckpointReader, module: str, config: QuantConfig, version_1: bool
 ) -> QuantizedTensor:
     """One linear, with its zeros brought to the meaning of quant.grid."""
-    names = [f"{module}.{part}" for part in ("qweight", "qzeros", "scales")]
-    names += [name for name in [f"{module}.g_idx"] if name in reader]
-    config = replace(config, bits=_bits(reader, module, config))
-    return _decode(module, {name: reader.tensor(name) for name in names}, config, version_1)
-
-
-def read_module(module: str, tensors: Mapping[str, Tensor], config: QuantConfig) -> QuantizedTensor:
-    """One linear of the tensors that a Writer made; `config` is that linear's."""
-    return _decode(module, tensors, config, version_1=config.symmetric)
-
-
-def _decode(
-    module: str, tensors: Mapping[str, Tensor], config: QuantConfig, version_1: bool
-) -> QuantizedTensor:
-    words, scales = tensors[f"{module}.qweight"], tensors[f"{module}.scales"]
-    zero_words, bits = tensors[f"{module}.qzeros"], config.bits
+    words, scales = reader.tensor(f"{module}.qweight"), reader.tensor(f"{module}.scales")
+    zero_words, bits = reader.tensor(f"{module}.qzeros"), _bits(reader, module, config)
     if not words.dim() == scales.dim() == zero_words.dim() == 2:
         raise ValueError(f"{module}: qweight, scales and qzeros are not all matrices")
     out_features, in_features = scales.shape[1], words.shape[0] * 32 // bits
@@ -242,7 +228,8 @@ def _decode(
     already_true = config.symmetric and bool((zeros == 2 ** (bits - 1)).all())
     if version_1 and not already_true:  # else written as version 2, labelled 1
         zeros = zeros + 1
-    return assemble(module, codes, scales.T, zeros, bits, tensors.get(f"{module}.g_idx"))
+    index = reader.tensor(f"{module}.g_idx") if f"{module}.g_idx" in reader else None
+    return assemble(module, codes, scales.T, zeros, bits, index)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ def assemble(
         )
     grid = Grid(_half_scales(module, scales), zeros.contiguous(), bits)
     width = -(-in_features // groups)
-    consecutive = torch.arange(in_features, device=codes.device) // width
+    consecutive = torch.arange(in_features) // width
     if index is None and in_features % groups:
         raise ValueError(f"{module}: {groups} groups do not divide {in_features} inputs")
     if index is None:

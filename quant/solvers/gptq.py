@@ -64,8 +64,6 @@ class GPTQOptions:
             the pipeline, see calib.capture.
         sweeps: passes of coordinate descent over the finished codes, see quant.solvers.sweeps.
         refits: of these, how many begin with scales refit to the codes, see quant.solvers.refit.
-        tuning: passes over the windows in which scales and norms are tuned at the end; 0 is none.
-            Used by the pipeline, see quant.tuning.
     """
 
     act_order: bool = True
@@ -78,7 +76,6 @@ class GPTQOptions:
     sink: float = 0.0
     sweeps: int = 0
     refits: int = 0
-    tuning: int = 0
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
@@ -92,8 +89,6 @@ class GPTQOptions:
             raise ValueError(
                 f"refits {self.refits} and sweeps {self.sweeps} do not fit; 0 <= refits <= sweeps"
             )
-        if self.tuning < 0:
-            raise ValueError(f"tuning {self.tuning} is out of range; it is a number of passes")
         if not 0 <= self.shrink < 1:
             raise ValueError(f"shrink {self.shrink} is out of range; 0 <= shrink < 1")
         if not 0 <= self.damp < 1:
@@ -110,7 +105,7 @@ class GPTQOptions:
 
 _FAST = GPTQOptions(scales="signed", shrink=0.25, sink=0.2, sweeps=1, refits=1)
 _BALANCED = replace(_FAST, sink=0.0, target=0.5, residual=0.5)  # a target needs no sink
-EFFORTS = {"fast": _FAST, "balanced": _BALANCED, "max": replace(_BALANCED, tuning=2)}
+EFFORTS = {"fast": _FAST, "balanced": _BALANCED, "max": _BALANCED}
 
 
 def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Solution:
