@@ -41,7 +41,6 @@ TOKENS, SEQ_LEN = 128 * 2048, 2048
 SIZES = {"cpu": (4096, 11008, 512, 2048), "cuda": (HIDDEN, FFN, 2048, HIDDEN)}  # measured
 GROUPS = ((HIDDEN + 2 * KV, HIDDEN), (HIDDEN, HIDDEN), (2 * FFN, HIDDEN), (HIDDEN, FFN))
 PARAMETERS = sum(rows * inputs for rows, inputs in GROUPS)  # of a layer
-ROWS = 8  # times r n^2: columns, two energies, a refit and a sweep, as quant.workload counts them
 CORES = 64 * 0.7  # of a node, at the share of their speed that they have together
 
 
@@ -50,8 +49,8 @@ class Machine:
     """One of P equal machines.
 
     Attributes:
-        rates: operations per second of each part; weights that are packed, and columns where steps
-            are slow to start, per second.
+        rates: per second: operations of each part, but of rows r n^2 for r rows of n inputs, with
+            all that is made of them; packed weights; columns where steps are slow to start.
         network: bytes per second, in and out at once.
         disk: bytes per second of reading weights.
     """
@@ -92,7 +91,7 @@ def hours(machine: Machine, count: int) -> dict[str, float]:
     layer = {
         "forward": forward / rates["forward"] / count,
         "Hessians": TOKENS * squares * 9 / 8 / rates["Hessians"] / count,
-        "rows": sum(ROWS * rows * inputs**2 for rows, inputs in GROUPS) / rates["rows"] / count,
+        "rows": sum(rows * inputs**2 for rows, inputs in GROUPS) / rates["rows"] / count,
         "factors": sum(inputs**3 / 3 for _, inputs in GROUPS) / rates["factors"],
         "columns": sum(inputs for _, inputs in GROUPS) / rates.get("columns", math.inf),
         "packing": PARAMETERS / rates["packing"],
@@ -129,10 +128,10 @@ def measure(device: torch.device) -> dict[str, Any]:
     codes = _solve(many, hessian)[0].tensor
     rates["packing"] = codes.codes.numel() / timed(functools.partial(_pack, codes))
     more = len(many) - len(few)
-    rates["rows"] = ROWS * more * hidden**2 / (seconds[1] - seconds[0])
+    rates["rows"] = more * hidden**2 / (seconds[1] - seconds[0])
     if gpu:
         other = timed(lambda: factor(hessian.matrix, order[:hidden], 0.01))
-        other += ROWS * len(few) * hidden**2 / rates["rows"]
+        other += len(few) * hidden**2 / rates["rows"]
         rates["columns"] = hidden / (seconds[0] - other)
     return {"machine": torch.cuda.get_device_name() if gpu else "one core", "rates": rates}
 
