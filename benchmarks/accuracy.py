@@ -30,7 +30,7 @@ from quant.evaluate import _score
 from quant.llama.tokenizer import load_tokenizer
 from quant.loader import load_model
 from quant.machine import peak_memory_bytes
-from quant.solvers.gptq import EFFORTS, GPTQOptions
+from quant.solvers.gptq_options import EFFORTS, GPTQOptions
 from quant.solvers.rtn import RTNOptions
 
 _JUDGED = 16  # windows of the first text that judge the linears one by one

@@ -32,7 +32,8 @@ from quant.group_solver import Solved, solve_group
 from quant.llama.config import LlamaConfig
 from quant.llama.model import DecoderLayer
 from quant.packing import pack
-from quant.solvers.gptq import EFFORTS, factor
+from quant.solvers.factor import factor
+from quant.solvers.gptq_options import EFFORTS
 from quant.verification import digest
 
 FILE = Path(__file__).parents[1] / "docs" / "cluster.json"

@@ -21,7 +21,7 @@ from quant import QuantConfig, RunOptions, quantize_checkpoint
 from quant.llama.config import LlamaConfig
 from quant.machine import measure, peak_memory_bytes
 from quant.plan import fit_memory, job_of, make_plan, parse_size
-from quant.solvers.gptq import EFFORTS
+from quant.solvers.gptq_options import EFFORTS
 from quant.sources import open_checkpoint
 
 

@@ -34,6 +34,7 @@ from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS
 from quant.resume import Journal
 from quant.solvers import gptq, rtn
+from quant.solvers.gptq_options import EFFORTS
 from quant.sources import open_checkpoint, open_tokenizer
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
@@ -110,7 +111,7 @@ def main() -> None:
         output, config = Path(folder) / "out", QuantConfig(group_size=asked.group_size)
         storage = Storage(device=asked.device)
         run_options = RunOptions(device=asked.device, storage=storage)
-        solver = gptq.EFFORTS[asked.effort]
+        solver = EFFORTS[asked.effort]
         if asked.device != "cpu":
             first = windows[:1, :64]
             pipeline.quantize_checkpoint(asked.model, output, first, config, solver, run_options)

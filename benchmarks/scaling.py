@@ -27,7 +27,7 @@ FIXED_WINDOWS, FIXED_LAYERS = 16, 4
 RUN = """
 import json, sys, time, torch
 from quant import QuantConfig, quantize_checkpoint
-from quant.solvers.gptq import EFFORTS
+from quant.solvers.gptq_options import EFFORTS
 model, output, count, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 generator = torch.Generator().manual_seed(0)
 windows = torch.randint(0, 2048, (count, length), generator=generator)

@@ -59,8 +59,9 @@ def ours(weight: torch.Tensor, hessian: torch.Tensor) -> str:
     from quant.config import QuantConfig
     from quant.group_solver import _losses
     from quant.solvers import gptq, rtn
+    from quant.solvers.gptq_options import GPTQOptions
 
-    config, options = QuantConfig(4, GROUP), gptq.GPTQOptions()
+    config, options = QuantConfig(4, GROUP), GPTQOptions()
     order = hessian.diagonal().argsort(descending=True)
 
     def report() -> None:

@@ -62,7 +62,7 @@ class HiddenStates:
     ) -> None:
         self.windows, self.tokens, self.hidden_size = windows, tokens, hidden_size
         shape = (windows, tokens, max(hidden_size, widest))
-        self.present, self.next = _Buffer(shape, storage), _Buffer(shape, storage)
+        self.present, self.next = Buffer(shape, storage), Buffer(shape, storage)
         self._room: Tensor | None = None
 
     def swap(self) -> None:
@@ -104,7 +104,7 @@ class HiddenStates:
         return self.tokens * self.hidden_size * self.present.dtype.itemsize
 
 
-class _Buffer:
+class Buffer:
     """(windows, tokens, features), read and written by slices of windows."""
 
     def __init__(self, shape: tuple[int, int, int], storage: Storage) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 _PUBLIC = {
     "QuantConfig": "quant.config",
-    "GPTQOptions": "quant.solvers.gptq",
-    "EFFORTS": "quant.solvers.gptq",
+    "GPTQOptions": "quant.solvers.gptq_options",
+    "EFFORTS": "quant.solvers.gptq_options",
     "RTNOptions": "quant.solvers.rtn",
     "RunOptions": "quant.run_options",
     "quantize_checkpoint": "quant.pipeline",

@@ -8,6 +8,7 @@ when a run is resumed: with as many processes as before, or another number.
 from __future__ import annotations
 
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +38,7 @@ class Follower:
 
     def __init__(self, windows: int) -> None:
         self.windows = windows
+        self.folder: Path | None = None
         self._pool = background_thread()
         self._sending: Future[None] | None = None
 

@@ -59,8 +59,8 @@ class QuantizedTensor:
     def in_features(self) -> int:
         return self.codes.shape[1]
 
-    def rows(self, rows: slice) -> QuantizedTensor:
-        """The same tensor restricted to some output rows."""
+    def rows(self, rows: slice | Tensor) -> QuantizedTensor:
+        """The same tensor restricted to some output rows, or with its rows in another order."""
         grid = replace(self.grid, scales=self.grid.scales[rows], zeros=self.grid.zeros[rows])
         return replace(self, codes=self.codes[rows], grid=grid)
 

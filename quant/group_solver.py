@@ -43,10 +43,15 @@ class Solved:
 
 
 def solve_group(
-    weights: list[Tensor], statistics: Hessian, config: QuantConfig, options: Any
+    weights: list[Tensor],
+    statistics: Hessian,
+    config: QuantConfig,
+    options: Any,
+    fisher: list[Tensor] | None = None,
 ) -> list[Solved]:
     """Solve linears (out, in) of the same input, whose Hessian is of all tokens; where it has a
-    drift or a lag, aim at the float model's outputs.
+    drift or a lag, aim at the float model's outputs; where the Fisher matrices (out, out) of their
+    outputs are given, let rows make up for each other's errors.
     """
     hessian = statistics.matrix
     stack = torch.cat(weights) if len(weights) > 1 else weights[0]
@@ -54,7 +59,8 @@ def solve_group(
     share = distributed.share(count)
     mine = stack[share]
     aim = _aim(mine, statistics, share, options)
-    solution = solve(mine if aim is None else aim, hessian, config, options)
+    among = None if fisher is None else _among(fisher, share)
+    solution = solve(mine if aim is None else aim, hessian, config, options, among)
     plain = solve(mine, hessian, config, RTNOptions()).tensor
     both = (solution.tensor, plain)
     told = (solution.losses, None)  # of what was solved for
@@ -66,6 +72,17 @@ def solve_group(
     judged = distributed.gather_rows(torch.cat(losses, dim=1), count)
     whole = replace(solution, tensor=_gather(solution.tensor, count))
     return list(_one_by_one(weights, whole, judged))
+
+
+def _among(fisher: list[Tensor], rows: slice) -> list[Tensor]:
+    """What these rows of the stack have to do with each other, linear by linear."""
+    parts, start = [], 0
+    for G in fisher:
+        own = slice(max(rows.start - start, 0), min(rows.stop - start, len(G)))
+        if own.start < own.stop:
+            parts.append(G[own, own])
+        start += len(G)
+    return parts
 
 
 def _one_by_one(weights: list[Tensor], whole: Solution, judged: Tensor) -> Iterator[Solved]:

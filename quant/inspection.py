@@ -16,7 +16,7 @@ from quant.packing import unpack
 from quant.plan import job_of, make_plan
 from quant.runtime_rules import Facts
 from quant.runtimes import Verdict, verdicts
-from quant.solvers.gptq import EFFORTS
+from quant.solvers.gptq_options import EFFORTS
 from quant.sources import open_checkpoint, source_name
 from quant.units import size
 

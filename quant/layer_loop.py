@@ -10,7 +10,7 @@ import copy
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from quant.llama.model import LINEAR_GROUPS, DecoderLayer, RMSNorm
 from quant.machine import peak_memory_bytes, return_memory
 from quant.report import LayerReport, LinearReport
 from quant.run_options import RunOptions, Step
+from quant.slopes import Slopes, backward, output_covariances
 from quant.verification import digest
 
 _MLP_INPUTS = LINEAR_GROUPS[2]
@@ -51,6 +52,7 @@ class Run:
     journal: Any = None
     digests: dict[str, str] = field(default_factory=dict)  # of the layer at work
     head: LayerReport | None = None  # of lm_head, once it is quantized
+    slopes: Slopes | None = None  # gradients to the layers' outputs
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +67,7 @@ def layers(run: Run, first: int) -> Iterator[Step]:
     mask = None if run.mask is None else run.mask[mine]
     if first < run.llama.num_hidden_layers:
         originals = original_states(run, run.windows[mine], first) if aiming else None
+        run.slopes = _layer_slopes(run, run.windows[mine], mask)
         yield from _decoder_layers(run, first, states, originals, mask)
     if run.config.has_head:
         yield _quantize_head(run, states, mask)
@@ -86,7 +89,8 @@ def _decoder_layers(
         if run.device.type != "cpu":
             reader.ask(index + 1)
         done: list[LinearReport] = []
-        beside = None if originals is None else (copy.deepcopy(layer), originals)
+        beside = None if originals is None else (_float_copy(layer), originals)
+        fisher = _output_fisher(run, index, beside)
         sink = getattr(run.solver, "sink", 0.0)
         walking = walk(layer, states, mask, run.device, run.options.budget, beside, sink)
         for group in LINEAR_GROUPS:
@@ -94,8 +98,9 @@ def _decoder_layers(
             if group == _MLP_INPUTS:
                 del layer.self_attn  # it has done its work, and solving the MLP takes most room
             weights = {prefix + name: layer.linear(name).weight for name in group}
-            linears = _quantize_linears(run, weights, hessian)
-            del weights
+            of_group = [fisher.pop(name) for name in group] if fisher else None
+            linears = _quantize_linears(run, weights, hessian, of_group)
+            del weights, of_group
             del hessian  # before the next one is made
             done += linears
             yield Step(index, run.llama.num_hidden_layers, tuple(linears))
@@ -106,6 +111,45 @@ def _decoder_layers(
         run.journal.commit_later(asdict(report), run.digests, states)
         run.digests = {}
         return_memory()
+
+
+def _float_copy(layer: DecoderLayer) -> DecoderLayer:
+    """A layer that stays as it is, and that gradients can go through."""
+    with torch.inference_mode(False):
+        return copy.deepcopy(layer).requires_grad_(False)
+
+
+def _layer_slopes(run: Run, windows: Tensor, mask: Tensor | None) -> Slopes | None:
+    """The gradients to the outputs of all layers in this process's share of the tokens that the
+    solver asks for; None where it asks for none.
+    """
+    tokens = getattr(run.solver, "fisher", 0) // distributed.world_size()
+    if not tokens:
+        return None
+    count = max(1, tokens // windows.shape[1])
+    windows, mask = windows[:count], None if mask is None else mask[:count]
+    storage = replace(run.options.storage, dtype=torch.bfloat16)  # enough for covariances
+    if storage.device == "cpu" and storage.spill is None:
+        storage = replace(storage, spill=run.journal.folder)
+    slopes = Slopes(run.llama, (len(windows), windows.shape[1]), storage)
+    steps = backward(run.reader, run.llama, (windows, mask), slopes, run.device, lambda layer: None)
+    deque(steps, maxlen=0)
+    return slopes
+
+
+def _output_fisher(
+    run: Run, index: int, beside: tuple[DecoderLayer, HiddenStates] | None
+) -> dict[str, Tensor]:
+    """The Fisher matrices of the outputs of a layer's linears, by name, where they are wanted."""
+    if run.slopes is None or beside is None:
+        return {}
+    layer, states = beside
+    inputs = states.present.read(slice(0, run.slopes.windows), states.hidden_size)
+    slope = run.slopes.read(index + 1)
+    found = output_covariances(layer, inputs.to(run.device), slope.to(run.device))
+    for name in sorted(found):  # the same order in all processes
+        distributed.sum_(found[name])
+    return found
 
 
 def _build(run: Run, tensors: dict[str, Tensor], prefix: str) -> DecoderLayer:
@@ -162,13 +206,17 @@ def original_states(run: Run, windows: Tensor, first: int) -> HiddenStates:
 
 
 def _quantize_linears(
-    run: Run, weights: Mapping[str, Tensor], hessian: Hessian
+    run: Run,
+    weights: Mapping[str, Tensor],
+    hessian: Hessian,
+    fisher: list[Tensor] | None = None,
 ) -> list[LinearReport]:
     """Solve linears of one input; write their codes, put what these mean into the weights."""
     first = next(iter(weights))
     _complete_(hessian, first)
     reports = []
-    solved = solve_group(list(weights.values()), hessian, run.config.of(first), run.solver)
+    config = run.config.of(first)
+    solved = solve_group(list(weights.values()), hessian, config, run.solver, fisher)
     for (name, weight), one in zip(weights.items(), solved, strict=True):
         run.writer.add_quantized(name, one.tensor)
         run.digests[name] = digest(one.tensor)

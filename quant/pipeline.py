@@ -46,7 +46,7 @@ from quant.report_page import write_page
 from quant.resume import Journal
 from quant.run_options import RunOptions
 from quant.solvers import solver_name
-from quant.solvers.gptq import GPTQOptions
+from quant.solvers.gptq_options import GPTQOptions
 from quant.sources import open_checkpoint
 from quant.verification import verify
 

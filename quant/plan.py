@@ -21,8 +21,9 @@ from quant.layer_reader import plain_tensors
 from quant.llama.config import LlamaConfig
 from quant.machine import Rates, available_memory, free_gpu_memory, nearest_folder
 from quant.partial import partial_path
+from quant.peak_memory import peak_bytes, slopes_bytes, states_bytes
 from quant.units import duration, size
-from quant.workload import Job, cost, down_bytes, peak_bytes, states_bytes, waiting, work
+from quant.workload import Job, cost, down_bytes, waiting, work
 
 _SHARD_BYTES = 4 << 30  # joined beside its parts
 _START_SECONDS, _LAYER_SECONDS = 1.0, 0.06  # checks and reading back; files of a layer
@@ -39,14 +40,16 @@ class Plan:
     memory: int
     gpu_memory: int
     states: int  # hidden states of two layer boundaries
+    slopes: int  # gradients, in a file
     spilled: int
     output: int
     waiting: float  # seconds
 
     @property
     def disk(self) -> int:
-        """Bytes beside the output at most: its parts, the shard they become, the hidden states."""
-        return self.output + min(_SHARD_BYTES, self.output) + self.states
+        """Bytes at most: the output's parts and the shard they become, hidden states, gradients."""
+        slopes = 0 if self.spilled else self.slopes
+        return self.output + min(_SHARD_BYTES, self.output) + self.states + slopes
 
     def seconds(self, rates: Rates) -> float:
         """Time at the measured rates; the disk works while a layer is computed."""
@@ -82,6 +85,7 @@ def make_plan(job: Job) -> Plan:
     memory, gpu_memory = peak_bytes(job)
     inside, outside = stored_bytes(job.llama, job.config, job.weight_bytes)
     states, streams = states_bytes(job), 2 if job.beside else 1
+    slopes = 0 if job.storage.device == "cuda" else slopes_bytes(job)
     return Plan(
         layers=job.llama.num_hidden_layers,
         tokens=job.tokens,
@@ -90,7 +94,8 @@ def make_plan(job: Job) -> Plan:
         memory=int(memory),
         gpu_memory=int(gpu_memory),
         states=states,
-        spilled=streams * states if job.storage.spill else 0,
+        slopes=slopes,
+        spilled=streams * states + slopes if job.storage.spill else 0,
         output=int(inside + outside),
         waiting=waiting(job, inside + outside),
     )
@@ -192,6 +197,7 @@ def job_of(
         beside=getattr(solver, "needs_float", False),
         sweeps=getattr(solver, "sweeps", 0),
         refits=getattr(solver, "refits", 0),
+        fisher=getattr(solver, "fisher", 0),
         device=device,
     )
 

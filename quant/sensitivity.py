@@ -27,19 +27,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calib.hidden import Storage
 from quant.checkpoint import CheckpointReader
 from quant.config import QuantConfig
 from quant.grid import QuantizedTensor, nearest_codes
-from quant.layer_reader import EMBEDDING, LayerReader, build_layer, read_end
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 from quant.native.products import product
+from quant.slopes import Slopes, backward
 from quant.solvers.factor import factor
-from quant.solvers.gptq import EFFORTS
+from quant.solvers.gptq_options import EFFORTS
 from quant.solvers.scale_search import fit_weighted
 
 TOKENS = 2048  # of the windows that are looked at; one window at least
-_SEED = 0
 _SOLVER = EFFORTS["fast"]  # all efforts shrink and damp H alike
 
 
@@ -97,43 +97,12 @@ def sensitivities(
         windows: (windows, tokens) int64 ids; the first TOKENS of them are looked at.
     """
     windows = windows[: max(1, TOKENS // windows.shape[1])]
-    layers = LayerReader(reader, llama)
-    with torch.inference_mode(False), torch.no_grad():
-        inputs = [reader.tensor(EMBEDDING)[windows].to(device, torch.float32)]
-        for index in range(llama.num_hidden_layers):
-            layer = build_layer(llama, layers.take(index), device)
-            inputs.append(layer(inputs[-1]))
-        slope = _slope(reader, llama, inputs.pop())
-        found: list[Sensitivity] = []
-        for index in reversed(range(llama.num_hidden_layers)):
-            layer = build_layer(llama, layers.take(index), device).requires_grad_(False)
-            moments = _Moments(layer)
-            with torch.enable_grad():
-                x = inputs.pop().requires_grad_()
-                layer(x).backward(slope)
-            assert x.grad is not None
-            slope = x.grad
-            found += [_judge(layer, index, group, moments, candidates) for group in LINEAR_GROUPS]
+    found: list[Sensitivity] = []
+    slopes = Slopes(llama, (len(windows), windows.shape[1]), Storage())
+    steps = backward(reader, llama, (windows, None), slopes, device, _Moments)
+    for index, layer, moments in steps:
+        found += [_judge(layer, index, group, moments, candidates) for group in LINEAR_GROUPS]
     return found
-
-
-def _slope(reader: CheckpointReader, llama: LlamaConfig, x: Tensor) -> Tensor:
-    """The gradient to the last layer's output x (windows, tokens, hidden) of the log-likelihood of
-    tokens drawn from the predictions, summed over tokens.
-    """
-    norm, head = read_end(reader, llama, x.device)
-    generator = torch.Generator().manual_seed(_SEED)
-    with torch.enable_grad():
-        x = x.requires_grad_()
-        normed = norm(x)
-    slopes = []
-    for window in normed.detach():  # the logits of one at a time
-        p = torch.softmax(product(window, head.T), -1)
-        drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(x.device)
-        slopes.append(product(p.scatter_add_(1, drawn, -torch.ones_like(p[:, :1])), head))
-    normed.backward(torch.stack(slopes))
-    assert x.grad is not None
-    return x.grad
 
 
 def _judge(

@@ -1,4 +1,4 @@
-"""What a run has to do and to hold, counted from the geometry. With T tokens, P weights of a layer,
+"""What a run has to do, counted from the geometry. With T tokens, P weights of a layer,
 input widths n (one for each group of linears that share an input) and r rows on each, a layer takes
 
     forward    2 P T, gate and up twice where their product is not kept
@@ -9,12 +9,17 @@ input widths n (one for each group of linears that share an input) and r rows on
                every error in the report; 2 r n^2 for a sweep, 3 r n^2 for a refit (E H, and half as
                much for A)
 
+Gradients of T' tokens take 10 P T' (forward, back, and back again when the layer's turn has come),
+4 V T' width for a head of V rows, and of each linear with r outputs r^2 T' for their covariance,
+r^3 / 3 to factor it and r^2 n for the feedback between rows; that leaves a solver without the loss,
+which takes r n^2.
+
 Where the float model runs beside the quantized one, forward and attention count twice. Its drift
 adds 2 n^2 T to a Hessian and its lag 2 r n T; to aim takes a second Cholesky, 2 r n^2 to multiply
 W by the drift and 2 r n^2 to solve, and errors are told from W and from the aim.
 
 Not all of it runs at the rate of a large product: the costs below say how much longer each part
-takes, read off `benchmarks/parts.py`. Memory is counted at the solve of each group.
+takes, read off `benchmarks/parts.py`.
 """
 
 from __future__ import annotations
@@ -24,33 +29,35 @@ from dataclasses import dataclass, replace
 from calib.capture import Budget
 from calib.hidden import Storage
 from quant.config import QuantConfig
-from quant.geometry import linear_shapes, stored_bytes
+from quant.geometry import linear_shapes
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS
+from quant.solvers.row_feedback import rows_at_a_time
 
-COSTS = {"forward": 1.2, "attention": 5.0, "Hessian": 1.3, "Cholesky": 1.3, "solve": 1.3}
+COSTS = {
+    "forward": 1.2,
+    "attention": 5.0,
+    "Hessian": 1.3,
+    "Cholesky": 1.3,
+    "solve": 1.3,
+    "gradients": 1.5,
+}
 # Operations in the time of
 _ELEMENT_COST = 600  # one activation through norms and SiLU
 _WEIGHT_COST = 4500  # one weight through a step of its solve, beside the products
+_PIECE_COST = 2_000_000_000  # the rows of a weight that are solved at a time, beside the rest
 _SQUARE_COST = 15  # one of the squares on the diagonal that LAPACK factors,
 _SQUARE = 512  # of which each has so many columns
-_BASE_BYTES = 400_000_000  # torch, the tokenizer, the calibration text
-_GPU_BASE_BYTES = 1_150_000_000  # more of this machine's memory, for the GPU's libraries
-_CHUNKS = 1_000_000_000  # of the GPU's memory: pieces of a weight in which scales are searched
 # Seconds that a GPU waits: for the steps of a column of a block, and for the machine to pack, hash
 # and read back a weight, and to write, hash and join a byte of the output.
 _COLUMN_S, _WEIGHT_S, _BYTE_S = 11.5e-6, 3.5e-9, 4.1e-9
-_SQUARES = 2  # matrices of a group's width: the Hessian and its factor
-_STACKS = 1.5  # of the shape that is solved: errors, and codes twice; one more where linears join
-_GATHERED = 3072  # columns of a weight that are gathered or corrected at a time
-_AIMING = 4  # matrices of a group's width while a weight is aimed: H and D, H damped, its factor
 
 
 @dataclass(frozen=True)
 class Job:
     """What is planned: a model of `weight_bytes` per weight, windows, how they are held,
-    whether the float model runs beside the quantized one, the sweeps and refits of every solve, and
-    where layers are computed.
+    whether the float model runs beside the quantized one, the sweeps and refits of every solve, the
+    tokens whose gradients are taken, and where layers are computed.
     """
 
     llama: LlamaConfig
@@ -63,11 +70,18 @@ class Job:
     beside: bool = False
     sweeps: int = 0
     refits: int = 0
+    fisher: int = 0
     device: str = "cpu"
 
     @property
     def tokens(self) -> int:
         return self.windows * self.seq_len
+
+    @property
+    def looked_at(self) -> int:
+        """Tokens whose gradients are taken."""
+        windows = min(self.windows, max(1, self.fisher // self.seq_len))
+        return windows * self.seq_len if self.fisher else 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,7 @@ def work(job: Job) -> dict[str, float]:
         * llama.hidden_size
         * llama.intermediate_size
         * tokens
-        * (1 - _kept(job) / down_bytes(job))
+        * (1 - kept_bytes(job) / down_bytes(job))
     )
     streams = 2 if job.beside else 1
     layer = {
@@ -117,13 +131,27 @@ def work(job: Job) -> dict[str, float]:
         layer["solve"] += 2 * groups[-1].rows * groups[-1].width ** 2  # no drift
         layer["Hessian"] += sum(2 * group.width**2 * tokens for group in groups[:-1])
         layer["Hessian"] += sum(2 * group.rows * group.width * tokens for group in groups[1::2])
+    if job.fisher:
+        layer["gradients"] = _gradients(job)
+        layer["solve"] += sum(group.rows * group.width**2 for group in groups)
+        for rows, width in linear_shapes(llama).values():
+            layer["Cholesky"] += rows**3 / 3
+            layer["solve"] += rows**2 * width
     counts = {part: count * llama.num_hidden_layers for part, count in layer.items()}
+    if job.fisher:
+        counts["gradients"] += 4 * llama.vocab_size * llama.hidden_size * job.looked_at
     if job.config.has_head:
         width, rows = llama.hidden_size, llama.vocab_size
         counts["Hessian"] += width**2 * tokens
         counts["Cholesky"] += width**3 / 3
         counts["solve"] += products(replace(job, beside=False)) * rows * width**2
     return counts
+
+
+def _gradients(job: Job) -> float:
+    """Operations of a layer."""
+    outputs = sum(rows**2 for rows, _ in linear_shapes(job.llama).values())
+    return job.looked_at * (10 * weights_of(job.llama) + outputs)
 
 
 def products(job: Job) -> int:
@@ -139,13 +167,19 @@ def cost(job: Job) -> float:
     llama, streams = job.llama, 2 if job.beside else 1
     squares = sum(min(g.width, _SQUARE) ** 2 * g.width for g in groups_of(llama)) * streams
     steps = 2 + job.sweeps + job.refits + streams - 1
-    small = (_SQUARE_COST * squares + _WEIGHT_COST * steps * weights_of(llama)) * (
-        llama.num_hidden_layers
-    )
+    small = _SQUARE_COST * squares + _WEIGHT_COST * steps * weights_of(llama)
+    if job.fisher:
+        small += _PIECE_COST * pieces(job)
+    small *= llama.num_hidden_layers
     if job.config.has_head:
         small += _WEIGHT_COST * steps * llama.vocab_size * llama.hidden_size
     large = sum(count * COSTS[part] for part, count in work(job).items())
     return large + small + _ELEMENT_COST * elements(job)
+
+
+def pieces(job: Job) -> int:
+    """How many times rows of a layer are solved that wait for others."""
+    return sum(-(-rows // rows_at_a_time(rows)) for rows, _ in linear_shapes(job.llama).values())
 
 
 def waiting(job: Job, output: float) -> float:
@@ -158,57 +192,10 @@ def waiting(job: Job, output: float) -> float:
 def elements(job: Job) -> float:
     """Activations that pass through norms and SiLU."""
     llama = job.llama
-    width = 2 * llama.hidden_size + llama.intermediate_size * (2 - _kept(job) / down_bytes(job))
+    width = 2 * llama.hidden_size + llama.intermediate_size * (
+        2 - kept_bytes(job) / down_bytes(job)
+    )
     return job.tokens * width * llama.num_hidden_layers * (2 if job.beside else 1)
-
-
-def states_bytes(job: Job) -> int:
-    """Hidden states of two layer boundaries, or what a layer stores in their place."""
-    wide = job.llama.num_attention_heads * job.llama.head_dim
-    return 2 * job.tokens * max(job.llama.hidden_size, wide) * job.storage.dtype.itemsize
-
-
-def packed_bytes(job: Job) -> float:
-    """The quantized linears of one layer, on average."""
-    inside, _ = stored_bytes(job.llama, job.config, job.weight_bytes)
-    return inside / job.llama.num_hidden_layers
-
-
-def peak_bytes(job: Job) -> tuple[float, float]:
-    """Memory at the widest moment, of the machine and of its GPU."""
-    held = states_bytes(job) * (0 if job.storage.spill else 2 if job.beside else 1)
-    checking = job.llama.vocab_size * job.llama.hidden_size * job.weight_bytes  # the mapped file
-    base, solving = _BASE_BYTES + packed_bytes(job), _solving_bytes(job)
-    if job.device == "cpu":
-        return base + max(checking, solving + held), 0
-    base += _GPU_BASE_BYTES
-    reading = 1.25 * weights_of(job.llama) * job.weight_bytes  # a layer, and what is copied of it
-    if job.storage.device == "cpu":
-        return base + max(checking, reading + held), solving + _CHUNKS
-    return base + max(checking, reading), solving + _CHUNKS + held
-
-
-def _solving_bytes(job: Job) -> float:
-    """What is held of a layer at its widest moment."""
-    llama, groups = job.llama, groups_of(job.llama)
-    moments = []
-    mlp = sum(group.rows * group.width for group in groups[2:])
-    batch = max(job.budget.batch_tokens, job.seq_len) * llama.intermediate_size * 4 * 3
-    for index, group in enumerate(groups):
-        weights = mlp if index >= 2 else weights_of(llama)  # attention has gone by then
-        beside = weights_of(llama) if job.beside else 0
-        kept = _kept(job) * (2 if job.beside else 1) if index == 3 else 0
-        stacks = (_STACKS + (group.linears > 1)) * group.rows * group.width
-        solving = _SQUARES * group.width**2 + stacks + _GATHERED * group.rows
-        if job.beside and index < 3:
-            solving = max(_AIMING * group.width**2 + 2 * group.rows * group.width, solving)
-        taking = group.width**2 + batch / 4
-        moments.append(4 * (weights + beside + max(solving, taking)) + kept)
-    if job.config.has_head:
-        width, rows = llama.hidden_size, llama.vocab_size
-        solving = _SQUARES * width**2 + (_STACKS + 1) * rows * width + _GATHERED * rows
-        moments.append(4 * solving)
-    return max(moments)
 
 
 def down_bytes(job: Job) -> int:
@@ -216,6 +203,6 @@ def down_bytes(job: Job) -> int:
     return job.tokens * job.llama.intermediate_size * 4
 
 
-def _kept(job: Job) -> int:
+def kept_bytes(job: Job) -> int:
     """What of it is kept rather than computed twice."""
     return min(down_bytes(job), job.budget.keep_bytes)

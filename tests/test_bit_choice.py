@@ -23,7 +23,8 @@ from quant.grid import QuantizedTensor, nearest_codes
 from quant.llama.model import LINEAR_GROUPS
 from quant.loader import load_model
 from quant.sensitivity import Sensitivity, sensitivities
-from quant.solvers.gptq import GPTQOptions, solve
+from quant.solvers.gptq import solve
+from quant.solvers.gptq_options import GPTQOptions
 from quant.solvers.scale_search import fit_weighted
 from quant.sources import open_checkpoint, open_tokenizer
 from tests.test_cli import cli

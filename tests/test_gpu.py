@@ -27,7 +27,8 @@ from quant.formats import FORMATS
 from quant.grid import QuantizedTensor
 from quant.report import Report
 from quant.solvers import columns
-from quant.solvers.gptq import GPTQOptions, solve
+from quant.solvers.gptq import solve
+from quant.solvers.gptq_options import GPTQOptions
 from quant.sources import open_checkpoint
 
 GPU = "cuda"

@@ -19,8 +19,10 @@ LAYERS = [
     ["quant.sensitivity"],
     ["quant.resume", "quant.follower", "quant.run_options", "quant.model_card", "quant.plan"]
     + ["quant.report_page"],
+    ["quant.peak_memory"],
     ["quant.linear", "quant.report", "quant.verification", "quant.contenders"]
-    + ["quant.runtimes", "quant.group_solver", "quant.layer_inputs", "quant.workload"],
+    + ["quant.runtimes", "quant.group_solver", "quant.layer_inputs", "quant.workload"]
+    + ["quant.slopes"],
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.sources", "quant.layer_reader", "quant.fingerprint", "quant.partial", "quant.machine"]
     + ["quant.added_tokens", "quant.code_counts"],

@@ -15,7 +15,7 @@ from quant.config import QuantConfig
 from quant.model_card import write_card
 from quant.pipeline import quantize_checkpoint
 from quant.publishing import check_push, push
-from quant.solvers.gptq import GPTQOptions
+from quant.solvers.gptq_options import GPTQOptions
 
 Make = Callable[..., Path]
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from calib.hidden import Storage
 from quant import QuantConfig, RunOptions, quantize_checkpoint
 from quant.partial import STATE
-from quant.solvers.gptq import GPTQOptions
+from quant.solvers.gptq_options import GPTQOptions
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("QUANT_KILLS", "5"))

@@ -15,7 +15,7 @@ from quant.grid import Grid, fit_minmax, nearest_codes
 from quant.kernels import BACKENDS
 from quant.native import searching
 from quant.solvers import gptq
-from quant.solvers.gptq import GPTQOptions
+from quant.solvers.gptq_options import GPTQOptions
 from quant.solvers.loss import relative_error
 from quant.solvers.scale_search import fit_weighted
 

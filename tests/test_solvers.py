@@ -10,7 +10,7 @@ import torch
 from quant.config import QuantConfig
 from quant.grid import Grid, fit_minmax
 from quant.solvers import SOLVERS, gptq
-from quant.solvers.gptq import GPTQOptions
+from quant.solvers.gptq_options import GPTQOptions
 from quant.solvers.loss import relative_error
 
 
@@ -67,10 +67,11 @@ def test_act_order_is_obq_on_sorted_columns() -> None:
 
 def test_worked_example() -> None:
     weight, hessian = torch.tensor([[0.4, 0.4]]), torch.tensor([[2.0, 1.0], [1.0, 1.0]])
-    R, _, _ = gptq.factor(hessian, torch.arange(2), 0.0)
-    assert torch.equal(R, torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    columns = gptq._Columns.of(hessian, GPTQOptions(damp=0.0))
+    assert columns.order.tolist() == [0, 1]
+    assert torch.equal(columns.ratio, torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
     grid = Grid(torch.ones(1, 1), torch.full((1, 1), 8, dtype=torch.uint8), 4)
-    codes, losses = gptq._round_columns(weight, R, grid, (torch.arange(2), torch.zeros(2)), 128)
+    codes, losses = gptq._round_columns(weight, columns, grid, 128)
     assert codes.tolist() == [[8, 9]] and round(losses.item(), 4) == 0.2
     errors = {q: torch.tensor([[0.4 - q[0], 0.4 - q[1]]]) for q in ((0, 0), (0, 1))}
     assert [round((e @ hessian @ e.T).item(), 4) for e in errors.values()] == [0.8, 0.2]
@@ -115,7 +116,7 @@ def test_dead_inputs_are_rounded_and_reported() -> None:
     solution = gptq.solve(weight, hessian, config, GPTQOptions(scales="minmax"))
     rounded = SOLVERS["rtn"][0](weight, hessian, config, None).tensor
     assert torch.equal(solution.tensor.codes[:, 5], rounded.codes[:, 5])
-    assert any("1 of 64 input channels" in note for note in solution.notes)
+    assert any("1 of 64 channels" in note for note in solution.notes)
 
 
 def test_what_is_not_finite_is_refused() -> None:

@@ -13,7 +13,7 @@ from calib.hessian import Hessian
 from quant.config import QuantConfig
 from quant.native import solving
 from quant.solvers import gptq
-from quant.solvers.gptq import GPTQOptions
+from quant.solvers.gptq_options import GPTQOptions
 from quant.solvers.loss import output_energy, relative_error
 
 

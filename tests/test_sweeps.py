@@ -15,7 +15,7 @@ from quant.config import QuantConfig
 from quant.grid import QuantizedTensor
 from quant.native import solving
 from quant.solvers import gptq, sweeps
-from quant.solvers.gptq import GPTQOptions
+from quant.solvers.gptq_options import GPTQOptions
 from quant.solvers.refit import normal_equations, refit
 from quant.solvers.sweeps import sweep
 

@@ -21,7 +21,7 @@ from quant.llama.model import LINEAR_GROUPS, DecoderLayer
 from quant.plan import make_plan
 from quant.run_options import RunOptions, Step
 from quant.solvers import gptq
-from quant.solvers.gptq import GPTQOptions
+from quant.solvers.gptq_options import EFFORTS, GPTQOptions
 from quant.solvers.target import towards_float
 from quant.sources import open_checkpoint
 from quant.workload import Job, groups_of
@@ -252,16 +252,21 @@ def test_plan_counts_the_second_stream(tiny_checkpoint: Path) -> None:
 
 def test_efforts_are_what_their_names_say() -> None:
     fast = GPTQOptions(scales="signed", shrink=0.25, sink=0.2, sweeps=1, refits=1)
-    assert gptq.EFFORTS["fast"] == fast and not fast.needs_float
-    assert gptq.EFFORTS["balanced"] == replace(fast, sink=0, target=0.5, residual=0.5)
-    assert gptq.EFFORTS["max"] == gptq.EFFORTS["balanced"]
+    assert EFFORTS["fast"] == fast and not fast.needs_float
+    assert EFFORTS["balanced"] == replace(fast, sink=0, target=0.5, residual=0.5)
+    assert EFFORTS["max"] == replace(EFFORTS["balanced"], fisher=16384)
 
 
-def test_a_resumed_run_aims_at_the_same_target(make_checkpoint: Callable[..., Path]) -> None:
-    """The float stream is not kept on the disk; it is computed again, to the same bytes."""
+@pytest.mark.parametrize("more", [{}, {"fisher": 128}])
+def test_a_resumed_run_aims_at_the_same_target(
+    make_checkpoint: Callable[..., Path], more: dict[str, int]
+) -> None:
+    """The float stream and gradients are not kept on the disk; they are computed again, to the same
+    bytes.
+    """
     source = make_checkpoint(num_hidden_layers=3)
     windows = torch.randint(0, 2000, (8, 64), generator=torch.Generator().manual_seed(0))
-    config, options = QuantConfig(4, 32), GPTQOptions(target=0.5)
+    config, options = QuantConfig(4, 32), GPTQOptions(target=0.5, **more)
     quiet, out = source.parent / "quiet", source.parent / "out"
     quantize_checkpoint(source, quiet, windows, config, options)
 

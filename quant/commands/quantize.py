@@ -130,7 +130,7 @@ def _name(model: Path) -> str:
 def _solver_options(solver: str, effort: str, act_order: bool, damp: float) -> Any:
     """The options of the solver called `solver`."""
     from quant.solvers import SOLVERS
-    from quant.solvers.gptq import EFFORTS
+    from quant.solvers.gptq_options import EFFORTS
 
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown; there are {', '.join(SOLVERS)}")

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from quant.config import QuantConfig
 from quant.solvers import gptq, rtn
+from quant.solvers.gptq_options import GPTQOptions
 from quant.solvers.loss import Solution
 
 SOLVERS: dict[str, tuple[Callable[..., Solution], Any]] = {
-    "gptq": (gptq.solve, gptq.GPTQOptions),
+    "gptq": (gptq.solve, GPTQOptions),
     "rtn": (rtn.solve, rtn.RTNOptions),
 }
 
@@ -34,6 +35,15 @@ def solver_name(options: Any) -> str:
     raise ValueError(f"solver {options!r} is unknown; give one of {known}")
 
 
-def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: Any) -> Solution:
-    """Quantize weight (out, in) float32 for inputs with Hessian (in, in), as `options` say."""
-    return SOLVERS[solver_name(options)][0](weight, hessian, config, options)
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    config: QuantConfig,
+    options: Any,
+    fisher: list[Tensor] | None = None,
+) -> Solution:
+    """Quantize weight (out, in) float32 for inputs with Hessian (in, in), as `options` say; with
+    Fisher matrices of its outputs where the options ask for them.
+    """
+    more = () if fisher is None else (fisher,)
+    return SOLVERS[solver_name(options)][0](weight, hessian, config, options, *more)

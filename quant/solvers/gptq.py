@@ -21,7 +21,6 @@ falling diag(H) (act-order) and the codes are put back in place: no runtime ever
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,88 +31,30 @@ from quant.grid import Grid, QuantizedTensor, fit_minmax
 from quant.native import solving
 from quant.native.products import add_product_
 from quant.solvers.columns import by_column, round_block
-from quant.solvers.factor import damped, factor
+from quant.solvers.factor import damped, factor, shrunk
+from quant.solvers.gptq_options import GPTQOptions
 from quant.solvers.loss import Solution
 from quant.solvers.refit import refit
+from quant.solvers.row_feedback import solve_in_turn
 from quant.solvers.scale_search import fit_weighted
 from quant.solvers.sweeps import sweep
 
 _SPAN, _ROWS = 4, 1024  # blocks that share a product; rows that are judged at a time
 
-SCALES = ("minmax", "weighted", "signed")
 
-
-@dataclass(frozen=True)
-class GPTQOptions:
-    """How GPTQ runs; none of it is visible in the file.
-
-    Attributes:
-        act_order: take columns by falling diag(H), else from left to right.
-        damp: added to the diagonal of H, as a fraction of its mean.
-        block_size: columns per block between two large updates.
-        scales: how group grids are chosen, one of SCALES: "minmax" spans each group's range,
-            "weighted" searches for the least error weighted by diag(H), "signed" the same with
-            negative scales allowed in symmetric grids.
-        shrink: how far H is taken to be its own diagonal, 0 to below 1; its other entries, known
-            from few tokens of one kind of text, count so much less. See `_shrunk`.
-        target: how far to aim at the float model's outputs rather than at the weights, 0 to 1; 0
-            is off. Used by the pipeline, see quant.solvers.target.
-        residual: the same of o_proj and down_proj and the float model's residual stream.
-        sink: how much more often the first token of a window counts for q, k and v than any other,
-            as a share of the window's tokens, since most attention goes to it; 0 is once. Used by
-            the pipeline, see calib.capture.
-        sweeps: passes of coordinate descent over the finished codes, see quant.solvers.sweeps.
-        refits: of these, how many begin with scales refit to the codes, see quant.solvers.refit.
-    """
-
-    act_order: bool = True
-    damp: float = 0.01
-    block_size: int = 128
-    scales: str = "weighted"
-    shrink: float = 0.0
-    target: float = 0.0
-    residual: float = 0.0
-    sink: float = 0.0
-    sweeps: int = 0
-    refits: int = 0
-
-    def __post_init__(self) -> None:
-        if self.scales not in SCALES:
-            raise ValueError(
-                f"scales {self.scales!r} is unknown; choose one of {', '.join(SCALES)}"
-            )
-        for name in ("target", "residual", "sink"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)} is out of range; 0 <= {name} <= 1")
-        if not 0 <= self.refits <= self.sweeps:
-            raise ValueError(
-                f"refits {self.refits} and sweeps {self.sweeps} do not fit; 0 <= refits <= sweeps"
-            )
-        if not 0 <= self.shrink < 1:
-            raise ValueError(f"shrink {self.shrink} is out of range; 0 <= shrink < 1")
-        if not 0 <= self.damp < 1:
-            raise ValueError(
-                f"damp {self.damp} is out of range; it is a fraction of the mean diagonal, 0 <= "
-                "damp < 1"
-            )
-
-    @property
-    def needs_float(self) -> bool:
-        """Whether the float model has to run beside the quantized one."""
-        return self.target > 0 or self.residual > 0
-
-
-_FAST = GPTQOptions(scales="signed", shrink=0.25, sink=0.2, sweeps=1, refits=1)
-_BALANCED = replace(_FAST, sink=0.0, target=0.5, residual=0.5)  # a target needs no sink
-EFFORTS = {"fast": _FAST, "balanced": _BALANCED, "max": _BALANCED}
-
-
-def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Solution:
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    config: QuantConfig,
+    options: GPTQOptions,
+    fisher: list[Tensor] | None = None,
+) -> Solution:
     """Quantize a weight.
 
     Args:
         weight: (out, in) float32.
         hessian: (in, in) float32, the sum of x x^T over tokens.
+        fisher: matrices of the outputs of each linear, for quant.solvers.row_feedback.
 
     Returns:
         Codes on static, float16-exact grids, with the damping used and any retry in `notes`.
@@ -123,34 +64,31 @@ def solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpt
     """
     if not _is_finite(weight) or not _is_finite(hessian):
         raise ValueError("GPTQ: the weight or the Hessian is not finite")
-    with _shrunk(hessian, options.shrink):
-        solution = _solve(weight, hessian, config, options)
+    with shrunk(hessian, options.shrink):
+        columns = _Columns.of(hessian, options)
+        if fisher is not None:
+            return solve_in_turn(
+                weight, fisher, lambda rows: _solve(rows, columns, config, options)
+            )
+        solution = _solve(weight, columns, config, options)
+    return _without_shrinkage(weight, hessian, options.shrink, solution)
+
+
+def _without_shrinkage(
+    weight: Tensor, hessian: Tensor, share: float, solution: Solution
+) -> Solution:
+    """The solution with its losses and energies for the Hessian itself."""
     tensor = replace(solution.tensor, codes=solution.tensor.codes.contiguous())
-    if not options.shrink:
-        return replace(solution, tensor=tensor)
-    beyond = options.shrink / (1 - options.shrink)  # of the diagonal's energy has been counted
-    blocks = [slice(start, start + _ROWS) for start in range(0, len(weight), _ROWS)]
-    errors = (weight[rows] - tensor.rows(rows).dequantize(weight.dtype) for rows in blocks)
     losses, energies = solution.losses, solution.energies
-    assert losses is not None
-    losses -= beyond * _diagonal_energy(errors, hessian)
-    if energies is not None:
-        energies -= beyond * _diagonal_energy(weight.split(_ROWS), hessian)
-    return replace(solution, tensor=tensor)
-
-
-@contextmanager
-def _shrunk(hessian: Tensor, share: float) -> Iterator[None]:
-    """Within, the Hessian is (1 - share) H + share diag(H), over 1 - share: the estimator of Ledoit
-    and Wolf (2004) towards a diagonal, but for its factor, which changes no code. No second matrix
-    is made.
-    """
-    diagonal = hessian.diagonal().clone()
-    hessian.diagonal().div_(1 - share)
-    try:
-        yield
-    finally:
-        hessian.diagonal().copy_(diagonal)
+    if share:
+        beyond = share / (1 - share)  # of the diagonal's energy has been counted
+        blocks = [slice(start, start + _ROWS) for start in range(0, len(weight), _ROWS)]
+        errors = (weight[rows] - tensor.rows(rows).dequantize(weight.dtype) for rows in blocks)
+        assert losses is not None
+        losses = losses - beyond * _diagonal_energy(errors, hessian)
+        if energies is not None:
+            energies = energies - beyond * _diagonal_energy(weight.split(_ROWS), hessian)
+    return replace(solution, tensor=tensor, losses=losses, energies=energies)
 
 
 def _diagonal_energy(parts: Iterable[Tensor], hessian: Tensor) -> Tensor:
@@ -158,16 +96,43 @@ def _diagonal_energy(parts: Iterable[Tensor], hessian: Tensor) -> Tensor:
     return torch.cat([part.square() @ hessian.diagonal() for part in parts]).double()
 
 
-def _solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOptions) -> Solution:
+@dataclass(frozen=True)
+class _Columns:
+    """The Hessian made ready for any rows.
+
+    Attributes:
+        order: in which columns are rounded.
+        ratio: (in, in), R_kj / R_jj in that order.
+        judged: (2, in), R_jj^2, and what damping added to H_jj.
+        damp, notes: of the factor.
+    """
+
+    hessian: Tensor
+    order: Tensor
+    ratio: Tensor
+    judged: Tensor
+    damp: float
+    notes: tuple[str, ...]
+
+    @staticmethod
+    def of(hessian: Tensor, options: GPTQOptions) -> _Columns:
+        order = torch.arange(len(hessian), device=hessian.device)
+        if options.act_order:
+            order = hessian.diagonal().argsort(descending=True, stable=True)
+        R, damp, notes = factor(hessian, order, options.damp)
+        diagonal = hessian.diagonal()[order].double()
+        added = (damped(diagonal, damp) - diagonal).to(hessian.dtype)
+        judged = torch.stack((R.diagonal().square(), added))
+        return _Columns(hessian, order, R.div_(R.diagonal().clone()), judged, damp, notes)
+
+
+def _solve(
+    weight: Tensor, columns: _Columns, config: QuantConfig, options: GPTQOptions
+) -> Solution:
     """The solution, its codes column by column in memory."""
-    order = torch.arange(len(hessian), device=hessian.device)
-    if options.act_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-    R, damp, notes = factor(hessian, order, options.damp)
+    hessian = columns.hessian
     grid = _fit(weight, hessian, config, options)
-    diagonal = hessian.diagonal()[order].double()
-    added = (damped(diagonal, damp) - diagonal).to(weight.dtype)
-    codes, losses = _round_columns(weight, R, grid, (order, added), options.block_size)
+    codes, losses = _round_columns(weight, columns, grid, options.block_size)
     tensor, energies = QuantizedTensor(codes, grid), None
     for index in range(options.sweeps):
         if index < options.refits:
@@ -176,7 +141,7 @@ def _solve(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOp
             losses += gained
         tensor, gained = sweep(weight, hessian, tensor, options.block_size)
         losses += gained
-    return Solution(tensor, damp, notes, losses, energies)
+    return Solution(tensor, columns.damp, columns.notes, losses, energies)
 
 
 def _is_finite(matrix: Tensor) -> bool:
@@ -192,37 +157,32 @@ def _fit(weight: Tensor, hessian: Tensor, config: QuantConfig, options: GPTQOpti
 
 
 def _round_columns(
-    weight: Tensor, R: Tensor, grid: Grid, order_added: tuple[Tensor, Tensor], block_size: int
+    weight: Tensor, columns: _Columns, grid: Grid, block_size: int
 ) -> tuple[Tensor, Tensor]:
     """The column loop, left-looking: a span of blocks first receives all earlier errors as one
     product, then each block those of the span.
 
     Works on transposed tensors, (in, out), so that a column of W is a contiguous row.
 
-    Args:
-        order_added: the order of the columns, and what is added to the diagonal of H in it.
-
     Returns:
         Codes (out, in) uint8, column by column in memory, and the energy that each row loses,
         (out,) float64.
     """
-    order, added = order_added
+    order, ratio = columns.order, columns.ratio
     grids = by_column(grid, order)
-    judged = torch.stack((R.diagonal().square(), added))  # (2, in)
-    ratio = R.div_(R.diagonal().clone())  # R_kj / R_jj
     errors = torch.empty(weight.T.shape, dtype=weight.dtype, device=weight.device)  # w_k - q_k
     codes = torch.empty(errors.shape, dtype=torch.uint8, device=weight.device)
     losses = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-    for first, columns in _spans(weight, order, _SPAN * block_size):
-        last = first + len(columns)
-        values = columns.clone()
+    for first, originals in _spans(weight, order, _SPAN * block_size):
+        last = first + len(originals)
+        values = originals.clone()
         add_product_(values, ratio[:first, first:last].T, errors[:first])
         for start in range(first, last, block_size):
             end = min(start + block_size, last)
             here = slice(start - first, end - first)
             add_product_(values[here], ratio[first:start, start:end].T, errors[first:start])
-            square = ratio[start:end, start:end]
-            block = solving.Block(values[here], columns[here], square, judged[:, start:end])
+            square, judged = ratio[start:end, start:end], columns.judged[:, start:end]
+            block = solving.Block(values[here], originals[here], square, judged)
             results = round_block(block, grids.of(slice(start, end)), errors[start:end])
             codes[order[start:end]] = results[0]
             losses += results[1]

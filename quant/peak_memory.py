@@ -1,0 +1,84 @@
+"""The memory of a run at its widest moment, counted at the solve of each group of linears.
+
+Like quant.workload, for any geometry, before anything is read.
+"""
+
+from __future__ import annotations
+
+from quant.geometry import linear_shapes, stored_bytes
+from quant.workload import Job, groups_of, kept_bytes, weights_of
+
+_BASE_BYTES = 400_000_000  # torch, the tokenizer, the calibration text
+_GPU_BASE_BYTES = 1_150_000_000  # more of this machine's memory, for the GPU's libraries
+_CHUNKS = 1_000_000_000  # of the GPU's memory: pieces of a weight in which scales are searched
+_SQUARES = 2  # matrices of a group's width: the Hessian and its factor
+_STACKS = 1.5  # of the shape that is solved: errors, and codes twice; one more where linears join
+_GATHERED = 3072  # columns of a weight that are gathered or corrected at a time
+_AIMING = 4  # matrices of a group's width while a weight is aimed: H and D, H damped, its factor
+
+
+def states_bytes(job: Job) -> int:
+    """Hidden states of two layer boundaries, or what a layer stores in their place."""
+    wide = job.llama.num_attention_heads * job.llama.head_dim
+    return 2 * job.tokens * max(job.llama.hidden_size, wide) * job.storage.dtype.itemsize
+
+
+def slopes_bytes(job: Job) -> int:
+    """Gradients at all layer boundaries, in a file unless they are on a GPU."""
+    return 2 * (job.llama.num_hidden_layers + 1) * job.looked_at * job.llama.hidden_size
+
+
+def packed_bytes(job: Job) -> float:
+    """The quantized linears of one layer, on average."""
+    inside, _ = stored_bytes(job.llama, job.config, job.weight_bytes)
+    return inside / job.llama.num_hidden_layers
+
+
+def peak_bytes(job: Job) -> tuple[float, float]:
+    """Memory at the widest moment, of the machine and of its GPU."""
+    held = states_bytes(job) * (0 if job.storage.spill else 2 if job.beside else 1)
+    checking = job.llama.vocab_size * job.llama.hidden_size * job.weight_bytes  # the mapped file
+    base, solving = _BASE_BYTES + packed_bytes(job), _solving_bytes(job)
+    if job.fisher:
+        solving = max(solving, _predicting_bytes(job))
+    if job.device == "cpu":
+        return base + max(checking, solving + held), 0
+    base += _GPU_BASE_BYTES
+    reading = 1.25 * weights_of(job.llama) * job.weight_bytes  # a layer, and what is copied of it
+    if job.storage.device == "cpu":
+        return base + max(checking, reading + held), solving + _CHUNKS
+    return base + max(checking, reading), solving + _CHUNKS + held + slopes_bytes(job)
+
+
+def _predicting_bytes(job: Job) -> float:
+    """Where gradients begin: the head as it is read and in float32, and of one window the logits,
+    their softmax and what is drawn from it.
+    """
+    head = job.llama.vocab_size * job.llama.hidden_size
+    return head * (4 + job.weight_bytes) + 3 * 4 * job.seq_len * job.llama.vocab_size
+
+
+def _solving_bytes(job: Job) -> float:
+    """What is held of a layer at its widest moment."""
+    llama, groups = job.llama, groups_of(job.llama)
+    moments = []
+    mlp = sum(group.rows * group.width for group in groups[2:])
+    batch = max(job.budget.batch_tokens, job.seq_len) * llama.intermediate_size * 4 * 3
+    for index, group in enumerate(groups):
+        weights = mlp if index >= 2 else weights_of(llama)  # attention has gone by then
+        beside = weights_of(llama) if job.beside else 0
+        kept = kept_bytes(job) * (2 if job.beside else 1) if index == 3 else 0
+        stacks = (_STACKS + (group.linears > 1)) * group.rows * group.width
+        solving = _SQUARES * group.width**2 + stacks + _GATHERED * group.rows
+        if job.beside and index < 3:
+            solving = max(_AIMING * group.width**2 + 2 * group.rows * group.width, solving)
+        if job.fisher:  # G of all linears to come, and the factor of one
+            outputs = [rows**2 for rows, _ in linear_shapes(llama).values()]
+            weights += (sum(outputs) if index < 3 else outputs[-1]) + max(outputs)
+        taking = group.width**2 + batch / 4
+        moments.append(4 * (weights + beside + max(solving, taking)) + kept)
+    if job.config.has_head:
+        width, rows = llama.hidden_size, llama.vocab_size
+        solving = _SQUARES * width**2 + (_STACKS + 1) * rows * width + _GATHERED * rows
+        moments.append(4 * solving)
+    return max(moments)
