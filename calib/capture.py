@@ -43,7 +43,7 @@ class Budget:
     """
 
     batch_tokens: int = 2048
-    keep_bytes: int = 1 << 28
+    keep_bytes: int = 3 << 27
 
 
 def walk(
