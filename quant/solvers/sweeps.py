@@ -13,7 +13,7 @@ q_i(new) is passed on at once,
     v_j = q_j + (E H)_j / H_jj + sum over i < j of d_i H_ij / H_jj ,
 
 the same recursion as GPTQ's own with H in the place of R and d in the place of the errors, so the
-same compiled loop runs it. The changes D of a block add tr D (2 E H + D H) D^T to the loss.
+same compiled loop runs it. The changes D of a block add tr (2 E H + D H) D^T to the loss.
 """
 
 from __future__ import annotations
@@ -66,12 +66,18 @@ def sweep(
             square = ratio[here, block]
             values = pulls[here].clone()
             codes[block] = _round(values, codes[block], grids.of(block), square, changes[here])
-            slope = pulls[here].mul_(2)
-            add_product_(slope, square, changes[here])
-            slope.mul_(changes[here]).mul_(diagonal[block, None])
-            added += slope.sum(0, dtype=torch.float64)
+            added += _added(pulls[here], square, changes[here], diagonal[block])
         errors[first:last] += changes
     return replace(tensor, codes=codes.T), added
+
+
+def _added(pulls: Tensor, ratio: Tensor, changes: Tensor, diagonal: Tensor) -> Tensor:
+    """What the changes D of a block add to each row's loss, (2 E H + D H) D^T; uses up `pulls`,
+    which are E H over the diagonal of H, as `ratio` is H.
+    """
+    slope = pulls.mul_(2)
+    add_product_(slope, ratio, changes)
+    return slope.mul_(changes).mul_(diagonal[:, None]).sum(0, dtype=torch.float64)
 
 
 def _errors(weight: Tensor, codes: Tensor, grids: solving.Grids, block_size: int) -> Tensor:
