@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -24,7 +25,13 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error}); is the disk full?") from error
+        raise unwritten(path, error) from error
+
+
+def unwritten(path: Path, error: OSError) -> OSError:
+    """What to raise where `path` could not be written."""
+    advice = "; free some space" if error.errno == errno.ENOSPC else ""
+    return OSError(f"{path}: cannot be written ({error}){advice}")
 
 
 def sync(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,23 @@ def fingerprint(
         "code": f"{own_version()}, {_source_hash()}",
         "torch": torch.__version__,
     }
+
+
+def machine() -> dict[str, Any]:
+    """What decides in which order sums are made, and so the last bits of numbers."""
+    kern = native.library()
+    instructions = kern.kern_selected().decode() if kern else "none"
+    return {"threads": torch.get_num_threads(), "kernels": instructions}
+
+
+def warn_of_another_machine(folder: Path, before: dict[str, Any]) -> None:
+    """Tell where the run in `folder` began on a machine() by which numbers come out otherwise."""
+    if changed := difference(before, machine()):
+        warnings.warn(
+            f"{folder}: {changed}, by which sums are rounded otherwise; layers to come may differ "
+            "in a few codes from those of a run that was not stopped",
+            stacklevel=1,
+        )
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import torch
 
+from quant.durable import unwritten
 from quant.native.products import product
+
+_BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,9 @@ class Rates:
 
 
 def measure(folder: Path, device: str = "cpu") -> Rates:
-    """Time a float32 product on a device for about a second, and 64 MB to the disk of `folder`."""
+    """Time a float32 product on a device for about a second, and 64 MB to the disk of `folder`, or
+    half of what is free there.
+    """
     left, right = torch.rand(1024, 2048, device=device), torch.rand(2048, 2048, device=device)
     product(left, right).sum().item()
     count, start = 0, time.perf_counter()
@@ -32,16 +38,18 @@ def measure(folder: Path, device: str = "cpu") -> Rates:
         product(left, right)[0, 0].item()  # waits for a GPU
         count += 1
     flops = count * 2 * 1024 * 2048 * 2048 / seconds
+    folder = nearest_folder(folder)
+    blocks = max(1, min(16, shutil.disk_usage(folder).free // (2 * _BLOCK_BYTES)))
     start = time.perf_counter()
     try:
-        with tempfile.TemporaryFile(dir=nearest_folder(folder)) as file:
-            for _ in range(16):
-                file.write(bytes(1 << 22))
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _ in range(blocks):
+                file.write(bytes(_BLOCK_BYTES))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise OSError(f"{folder}: cannot be written ({error}); is the disk full?") from error
-    return Rates(flops, (1 << 26) / (time.perf_counter() - start))
+        raise unwritten(folder, error) from error
+    return Rates(flops, blocks * _BLOCK_BYTES / (time.perf_counter() - start))
 
 
 def available_memory() -> int | None:

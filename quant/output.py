@@ -85,6 +85,8 @@ def refuse_existing(path: Path, overwrite: bool, folder: bool) -> None:
 
 def existing(path: Path, overwrite: bool, folder: bool) -> str:
     """What to say where `path` exists and may not be replaced by a folder, or a file, else ""."""
+    if path.name in ("", ".."):
+        return f"{path}: cannot be replaced while it is in use; name a folder to make"
     if not path.exists():
         above = next(parent for parent in path.absolute().parents if parent.exists())
         return "" if above.is_dir() else f"{path}: {above} is a file, no folder; choose another"

@@ -29,19 +29,16 @@ def partial_folder(path: Path, resume: bool = False, overwrite: bool = False) ->
 
     Raises:
         FileExistsError: `path`, or the folder of an earlier run, exists; or `path` is no
-            checkpoint.
+            checkpoint; or there is something else in the folder's place.
         BlockingIOError: another process works on the same output.
     """
     refuse_existing(path, overwrite, folder=True)
     partial = partial_path(path)
+    _refuse(in_the_way(path))
     partial.mkdir(parents=True, exist_ok=True)
     lock = _lock(partial, path)
     try:
-        if (partial / STATE).exists() and not (resume or overwrite):
-            raise FileExistsError(
-                f"{partial}: an earlier run stopped here; pass --resume to continue it, or "
-                "--overwrite to start again"
-            )
+        _refuse(in_the_way(path, resume, overwrite))
         if not resume or not (partial / STATE).exists():
             _empty(partial)
         yield partial
@@ -55,9 +52,31 @@ def partial_folder(path: Path, resume: bool = False, overwrite: bool = False) ->
         (path / name).unlink(missing_ok=True)
 
 
+def _refuse(obstacle: str) -> None:
+    if obstacle:
+        raise FileExistsError(obstacle)
+
+
 def partial_path(path: Path) -> Path:
     """Where a run works whose output will be `path`."""
     return path.with_name(f"{path.name}.partial")
+
+
+def in_the_way(path: Path, resume: bool = True, overwrite: bool = False) -> str:
+    """What to say where a run that makes `path` may not work in the partial folder, else ""."""
+    partial = partial_path(path)
+    if (partial / STATE).exists() and not (resume or overwrite):
+        return (
+            f"{partial}: an earlier run stopped here; pass --resume to continue it, or --overwrite "
+            "to start again"
+        )
+    ours = not partial.exists() or (partial / _LOCK).is_file()
+    if ours or (partial.is_dir() and not any(partial.iterdir())):
+        return ""
+    return (
+        f"{partial}: is not the folder of an earlier run, and this one would work there; move it, "
+        "or choose another --output"
+    )
 
 
 def kept(path: Path) -> str:
@@ -71,7 +90,7 @@ def _publish(partial: Path, path: Path, lock: IO[bytes]) -> None:
     for file in partial.iterdir():
         if file.name != _LOCK:
             sync(file)
-    old = path.with_name(f"{path.name}.old")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
     if path.exists():
         path.rename(old)
     _let_go_on_windows(lock)

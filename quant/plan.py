@@ -158,16 +158,19 @@ def check_room(plan: Plan, output: Path, spill: Path | None) -> None:
             f"GPU memory: about {size(plan.gpu_memory)} are needed and {size(free)} are free; pass "
             "--max-memory, or --device cpu"
         )
-    needs = {nearest_folder(output): plan.disk - written}
+    place = nearest_folder(output)
+    needs = {"--output": (place, plan.disk - written)}
     if spill is not None:
-        same = os.stat(nearest_folder(output)).st_dev == os.stat(nearest_folder(spill)).st_dev
-        place = nearest_folder(output) if same else nearest_folder(spill)
-        needs[place] = needs.get(place, 0) + plan.spilled
-    for folder, need in needs.items():
+        spill = nearest_folder(spill)
+        if os.stat(place).st_dev == os.stat(spill).st_dev:
+            needs["--output"] = (place, plan.disk - written + plan.spilled)
+        else:
+            needs["--spill"] = (spill, plan.spilled)
+    for option, (folder, need) in needs.items():
         if need > (free := shutil.disk_usage(folder).free):
             raise ValueError(
                 f"{folder}: {size(need)} of disk are needed and {size(free)} are free; choose "
-                "another --output, or fewer --samples"
+                f"another {option}, or fewer --samples"
             )
 
 
@@ -222,7 +225,7 @@ def parse_size(text: str) -> int:
     number, unit = text.strip()[:-2], text.strip()[-2:].upper()
     try:
         size = int(float(number) * units[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise ValueError(f"size {text!r} is not understood; write 16GB or 800MB") from None
     if size <= 0:
         raise ValueError(f"size {text!r} must be above zero")

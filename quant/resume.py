@@ -30,7 +30,7 @@ from quant.background import background_thread
 from quant.checkpoint import read_json
 from quant.checkpoint_writer import CheckpointWriter, Part
 from quant.durable import file_sha256, write_file
-from quant.fingerprint import difference
+from quant.fingerprint import difference, machine, warn_of_another_machine
 from quant.partial import STATE
 
 
@@ -79,10 +79,7 @@ class Journal:
         """
         if not (self.folder / STATE).exists():
             return
-        try:
-            state = read_json(self.folder / STATE)
-        except ValueError as error:
-            raise ValueError(f"{error}; pass --overwrite to start again") from None
+        state = self._read_state()
         if state.get("damaged") and state["fingerprint"]["weights"] != self.fingerprint["weights"]:
             warnings.warn(
                 f"{self.folder}: the weights were mended since a damaged layer stopped the run; "
@@ -95,15 +92,32 @@ class Journal:
                 f"{self.folder}: cannot be continued, {changed}; change it back, or pass "
                 "--overwrite to start again"
             )
-        self.writer.shards = [Part(**shard) for shard in state["shards"]]
-        for layer in state["layers"]:
-            layer["parts"] = [Part(**part) for part in layer["parts"]]
-            self.layers.append(Finished(**layer))
-        self.hidden = {int(before): Part(**file) for before, file in state["hidden"].items()}
+        warn_of_another_machine(self.folder, state["machine"])
+        self.writer.shards, self.layers = state["shards"], state["layers"]
+        self.hidden = state["hidden"]
         self._list_parts()
         self._drop_damaged()
         self._list_parts()
         self._remove_strangers()
+
+    def _read_state(self) -> dict[str, Any]:
+        """What `_write_state` wrote."""
+        file = self.folder / STATE
+        try:
+            state = read_json(file)
+            for layer in state["layers"]:
+                layer["parts"] = [Part(**part) for part in layer["parts"]]
+            layers = [Finished(**layer) for layer in state["layers"]]
+            hidden = {int(before): Part(**part) for before, part in state["hidden"].items()}
+            shards = [Part(**shard) for shard in state["shards"]]
+            known = {key: dict(state[key]) for key in ("fingerprint", "machine")}
+            return {**state, **known, "layers": layers, "hidden": hidden, "shards": shards}
+        except ValueError as error:
+            raise ValueError(f"{error}; pass --overwrite to start again") from None
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"{file}: is not what a run writes there; pass --overwrite to start again"
+            ) from None
 
     def load_hidden(self, states: HiddenStates) -> None:
         """Read the hidden states behind the last finished layer."""
@@ -187,6 +201,7 @@ class Journal:
     def _write_state(self) -> None:
         state = {
             "fingerprint": self.fingerprint,
+            "machine": machine(),
             "layers": [asdict(layer) for layer in self.layers],
             "damaged": self.damaged,
             "hidden": {key: asdict(file) for key, file in self.hidden.items()},

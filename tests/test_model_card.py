@@ -124,7 +124,7 @@ def test_a_full_disk_leaves_the_old_card(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match=r"README.md: cannot be written .*; is the disk full"):
+    with pytest.raises(OSError, match=r"README.md: cannot be written .*; free some space"):
         write_card(tmp_path / "out", "perplexity 1")
     assert (tmp_path / "out" / "README.md").read_bytes() == old
     assert not list((tmp_path / "out").glob("*.tmp"))

@@ -27,6 +27,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "convert there": ([*CONVERT, "notes"], "notes: holds a.txt"),
     "a file": ([*QUANTIZE, "a.txt"], "a.txt: is a file where a folder is to be made"),
     "the root": ([*CONVERT, "/"], "/: contains the checkpoint to read (tiny)"),
+    "here": (["quantize", "--overwrite", "--output", "."], ".: cannot be replaced while it is in"),
+    "spill": (["quantize", "--plan", "--spill", "nowhere"], "spill nowhere: no folder that can be"),
     "gguf": (
         ["export", "--to", "gguf", "--overwrite", "tiny", "a.gguf"],
         "a.gguf: is a file that is not GGUF; --overwrite leaves it alone, choose another output",

@@ -22,7 +22,7 @@ from quant import QuantConfig
 from quant.inspection import describe
 from quant.llama.config import LlamaConfig
 from quant.llama.model import DecoderLayer
-from quant.machine import Rates
+from quant.machine import Rates, measure
 from quant.native import products
 from quant.plan import check_room, fit_memory, make_plan, parse_size, use_gpu_memory
 from quant.workload import Job
@@ -73,7 +73,7 @@ def test_memory_is_fitted_by_the_least_saving(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max-memory 1.00 GB: the least this model takes"):
         fit_memory(SEVEN_B, 10**9, tmp_path)
     assert parse_size("16GB") == 16 * 10**9 and parse_size(" 0.5gb") == 500_000_000
-    for bad in ("16", "x GB", "-1GB", "GB"):
+    for bad in ("16", "x GB", "-1GB", "GB", "infGB", "1e400GB"):
         with pytest.raises(ValueError, match="size '.*' (is not understood|must be above zero)"):
             parse_size(bad)
 
@@ -90,6 +90,25 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     spilled = replace(plan, spilled=1)
     with pytest.raises(ValueError, match="of disk are needed and .* are free; choose another"):
         check_room(spilled, tmp_path / "out", tmp_path)
+    if (elsewhere := Path("/dev/shm")).is_dir():
+        spilled = replace(plan, spilled=plan.disk + 1)
+        with pytest.raises(ValueError, match="/dev/shm: .* choose another --spill"):
+            check_room(spilled, tmp_path / "out", elsewhere)
+
+
+def test_a_small_disk_is_measured_within_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(20 << 20))
+    real, written = os.fsync, []
+
+    def sync(descriptor: int) -> None:
+        written.append(os.fstat(descriptor).st_size)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    assert measure(tmp_path).disk > 0 and written == [8 << 20]
 
 
 def test_a_gpu_has_its_own_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from calib.hidden import Storage
 from quant import QuantConfig, RunOptions, quantize_checkpoint
-from quant.partial import STATE
+from quant.partial import STATE, in_the_way
 from quant.solvers.gptq_options import GPTQOptions
 
 ROOT = Path(__file__).parents[1]
@@ -322,9 +322,52 @@ def test_another_run_is_not_continued(
     state, before[STATE] = before[STATE], b"{"
     (tmp_path / "out.partial" / STATE).write_bytes(b"{")
     refuses("state.json: not readable .*; pass --overwrite to", source, out, windows, CONFIG)
+    for key in ("fingerprint", "layers", "machine"):
+        before[STATE] = json.dumps({**json.loads(state), key: None}).encode()
+        (tmp_path / "out.partial" / STATE).write_bytes(before[STATE])
+        refuses("state.json: is not what a run writes", source, out, windows, CONFIG)
     (tmp_path / "out.partial" / STATE).write_bytes(state)
     quantize_checkpoint(source, out, windows, CONFIG, run_options=again)
     assert not (tmp_path / "out.partial").exists() and STATE not in content(out)
+
+
+def test_another_machine_is_told(
+    make_checkpoint: Make,
+    windows: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, out = make_checkpoint(), tmp_path / "out"
+    options = RunOptions(on_step=stop_after(1))
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(source, out, windows, CONFIG, run_options=options)
+    assert "an earlier run stopped here; pass --resume" in in_the_way(out, resume=False)
+    assert in_the_way(out) == in_the_way(out, overwrite=True) == ""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    with pytest.warns(UserWarning, match="threads was .*, now 77, .* may differ in a few codes"):
+        quantize_checkpoint(source, out, windows, CONFIG, run_options=RunOptions(resume=True))
+
+
+def test_what_others_left_is_not_touched(
+    make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    """Folders whose names look like ours."""
+    source = make_checkpoint()
+    for name in ("out.partial", "out.old", ".out.old"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "thesis").write_text("mine")
+    with pytest.raises(FileExistsError, match="out.partial: is not the folder of an earlier run"):
+        quantize_checkpoint(source, tmp_path / "out", windows, CONFIG)
+    (tmp_path / "out.partial").rename(tmp_path / "moved")
+    (tmp_path / "out.partial").mkdir()
+    for options in (RunOptions(), RunOptions(overwrite=True)):
+        quantize_checkpoint(source, tmp_path / "out", windows, CONFIG, run_options=options)
+    for name in ("moved", "out.old", ".out.old"):
+        assert (tmp_path / name / "thesis").read_text() == "mine" and (
+            tmp_path / name / "deep"
+        ).is_dir()
+    names = {path.name for path in tmp_path.iterdir() if "out" in path.name}
+    assert names == {"out", "out.old", ".out.old"}
 
 
 def test_overwrite_starts_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,7 @@ def quantize(
     from quant.config import QuantConfig
     from quant.loader import resolve_device
     from quant.output import existing, refuse_existing, refuse_overlap
+    from quant.partial import in_the_way
     from quant.pipeline import open_float
     from quant.plan import fit_memory, job_of, parse_size
     from quant.publishing import check_push
@@ -112,7 +114,7 @@ def quantize(
     job = _use_gpu_memory(job, limit)
     forecast = distributed.from_first(lambda: _forecast(job, output))
     if plan:
-        if obstacle := existing(output, overwrite, folder=True):
+        if obstacle := existing(output, overwrite, True) or in_the_way(output, resume, overwrite):
             print(f"note: {obstacle}")
     else:
         places = (device, overwrite, resume, job.storage, job.budget)
@@ -149,6 +151,8 @@ def _storage(hidden: str, spill: Path | None) -> Any:
 
     if hidden not in ("float32", "bfloat16"):
         raise ValueError(f"hidden {hidden!r} is not supported; there are float32 and bfloat16")
+    if spill is not None and not (spill.is_dir() and os.access(spill, os.W_OK)):
+        raise ValueError(f"spill {spill}: no folder that can be written to; name another")
     return Storage(getattr(torch, hidden), spill)
 
 
@@ -172,7 +176,12 @@ def _forecast(job: Any, output: Path) -> dict[str, float]:
     from quant.machine import measure
     from quant.plan import check_room, make_plan
 
-    plan, rates = make_plan(job), measure(output, job.device)
+    plan = make_plan(job)
+    try:
+        rates = measure(output, job.device)
+    except OSError:
+        check_room(plan, output, job.storage.spill)
+        raise
     print("\n".join(plan.lines(rates)), flush=True)
     check_room(plan, output, job.storage.spill)
     facts = {"seconds": round(plan.seconds(rates), 1), "peak_memory_bytes": plan.memory}
