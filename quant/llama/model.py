@@ -97,6 +97,9 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache:
             k, v = cache.append(layer, k, v)  # (B, KV heads, S, D)
+        if T == 1 and not padding:  # a token that sees all: its heads are rows of their k and v
+            y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, config.head_dim), k, v)
+            return y.reshape(B, 1, -1)
         repeats = config.num_attention_heads // config.num_key_value_heads
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         mask = visible(start, T, x.device, padding) if padding or (start and T > 1) else None
