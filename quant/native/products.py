@@ -16,6 +16,7 @@ from torch import Tensor
 from quant.native import library
 
 _LEAST_WORK = 1 << 22  # multiplications below which the copies cost more than they gain
+_FEWEST_ROWS = 128  # of x, below which to copy a weight costs more than it gains
 _BLOCK = 512  # on the diagonal of a triangle: products of all of it are made
 
 
@@ -41,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and bias is None and (x.requires_grad or weight.requires_grad):
         out: Tensor = _Linear.apply(rows, weight)  # type: ignore[no-untyped-call]
         return out.view(*x.shape[:-1], len(weight))
-    if len(rows) < 16 or not _can(rows, weight):
+    if len(rows) < _FEWEST_ROWS or not _can(rows, weight):
         return F.linear(x, weight, bias)
     out = torch.empty(len(rows), len(weight))
     _multiply(out, rows.T, weight.T)
