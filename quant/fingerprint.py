@@ -43,9 +43,9 @@ def machine() -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "kernels": instructions}
 
 
-def warn_of_another_machine(folder: Path, before: dict[str, Any]) -> None:
+def warn_of_another_machine(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Tell where the run in `folder` began on a machine() by which numbers come out otherwise."""
-    if changed := difference(before, machine()):
+    if changed := difference(before, now):
         warnings.warn(
             f"{folder}: {changed}, by which sums are rounded otherwise; layers to come may differ "
             "in a few codes from those of a run that was not stopped",

@@ -66,6 +66,7 @@ class Journal:
     damaged: bool = False
 
     def __post_init__(self) -> None:
+        self._machine = machine()  # of this thread; others compute with fewer
         self._pool = background_thread()
         self._writing: Future[None] | None = None
         self.writer.on_shard = self._write_state
@@ -92,7 +93,7 @@ class Journal:
                 f"{self.folder}: cannot be continued, {changed}; change it back, or pass "
                 "--overwrite to start again"
             )
-        warn_of_another_machine(self.folder, state["machine"])
+        warn_of_another_machine(self.folder, state["machine"], self._machine)
         self.writer.shards, self.layers = state["shards"], state["layers"]
         self.hidden = state["hidden"]
         self._list_parts()
@@ -105,13 +106,13 @@ class Journal:
         file = self.folder / STATE
         try:
             state = read_json(file)
-            for layer in state["layers"]:
-                layer["parts"] = [Part(**part) for part in layer["parts"]]
-            layers = [Finished(**layer) for layer in state["layers"]]
-            hidden = {int(before): Part(**part) for before, part in state["hidden"].items()}
+            for one in state["layers"]:
+                one["parts"] = [Part(**part) for part in one["parts"]]
+            layers = [Finished(**one) for one in state["layers"]]
+            state["hidden"] = {int(key): Part(**part) for key, part in state["hidden"].items()}
             shards = [Part(**shard) for shard in state["shards"]]
             known = {key: dict(state[key]) for key in ("fingerprint", "machine")}
-            return {**state, **known, "layers": layers, "hidden": hidden, "shards": shards}
+            return {**state, **known, "layers": layers, "shards": shards}
         except ValueError as error:
             raise ValueError(f"{error}; pass --overwrite to start again") from None
         except (KeyError, TypeError, AttributeError):
@@ -201,7 +202,7 @@ class Journal:
     def _write_state(self) -> None:
         state = {
             "fingerprint": self.fingerprint,
-            "machine": machine(),
+            "machine": self._machine,
             "layers": [asdict(layer) for layer in self.layers],
             "damaged": self.damaged,
             "hidden": {key: asdict(file) for key, file in self.hidden.items()},
@@ -244,6 +245,5 @@ class Journal:
         known = {STATE, "lock"} | {file.name for file in self.hidden.values()}
         known |= {part.name for part in self.writer.parts}
         known |= {shard.name for shard in self.writer.shards}
-        for file in self.folder.iterdir():
-            if file.name not in known:
-                file.unlink()
+        for file in (file for file in self.folder.iterdir() if file.name not in known):
+            file.unlink()

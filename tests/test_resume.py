@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -343,9 +344,16 @@ def test_another_machine_is_told(
         quantize_checkpoint(source, out, windows, CONFIG, run_options=options)
     assert "an earlier run stopped here; pass --resume" in in_the_way(out, resume=False)
     assert in_the_way(out) == in_the_way(out, overwrite=True) == ""
+    (tmp_path / "copy.partial").mkdir()
+    for file in (tmp_path / "out.partial").iterdir():
+        (tmp_path / "copy.partial" / file.name).write_bytes(file.read_bytes())
+    again = RunOptions(resume=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_checkpoint(source, tmp_path / "copy", windows, CONFIG, run_options=again)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     with pytest.warns(UserWarning, match="threads was .*, now 77, .* may differ in a few codes"):
-        quantize_checkpoint(source, out, windows, CONFIG, run_options=RunOptions(resume=True))
+        quantize_checkpoint(source, out, windows, CONFIG, run_options=again)
 
 
 def test_what_others_left_is_not_touched(
