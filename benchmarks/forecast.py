@@ -20,9 +20,10 @@ from calib.hidden import Storage
 from quant import QuantConfig, RunOptions, quantize_checkpoint
 from quant.llama.config import LlamaConfig
 from quant.machine import measure, peak_memory_bytes
-from quant.plan import fit_memory, job_of, make_plan, parse_size
+from quant.plan import fit_memory, job_of, make_plan
 from quant.solvers.gptq_options import EFFORTS
 from quant.sources import open_checkpoint
+from quant.units import parse_size
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from quant.durable import sync, sync_folder
 from quant.output import refuse_existing
 
 STATE = "state.json"  # what a run has finished; it makes a partial folder worth keeping
+OWN_WINDOWS = "own-windows"  # what the model wrote for this run to calibrate on
 _LOCK = "lock"
 
 
@@ -48,7 +49,7 @@ def partial_folder(path: Path, resume: bool = False, overwrite: bool = False) ->
             _let_go_on_windows(lock)
             shutil.rmtree(partial)
         lock.close()
-    for name in (STATE, _LOCK):
+    for name in (STATE, OWN_WINDOWS, _LOCK):
         (path / name).unlink(missing_ok=True)
 
 

@@ -6,6 +6,8 @@ Like quant.workload, for any geometry, before anything is read.
 from __future__ import annotations
 
 from quant.geometry import linear_shapes, stored_bytes
+from quant.own_windows import PIECE, piece_bytes, rows_at_a_time
+from quant.slopes import LOGITS
 from quant.workload import Job, groups_of, kept_bytes, weights_of
 
 _BASE_BYTES = 400_000_000  # torch, the tokenizer, the calibration text
@@ -50,12 +52,23 @@ def peak_bytes(job: Job) -> tuple[float, float]:
     return base + max(checking, reading), solving + _CHUNKS + held + slopes_bytes(job)
 
 
+def writing_bytes(job: Job) -> float:
+    """Where the model writes: it as it is stored, its head in float32, and keys and values."""
+    if not job.own:
+        return 0
+    llama, head = job.llama, job.llama.vocab_size * job.llama.hidden_size
+    weights = weights_of(llama) * llama.num_hidden_layers
+    weights += head * (1 if llama.tie_word_embeddings else 2)
+    pieces = min(rows_at_a_time(llama), job.own * -(-job.seq_len // PIECE))
+    return _BASE_BYTES + weights * job.weight_bytes + 4 * head + pieces * piece_bytes(llama)
+
+
 def _predicting_bytes(job: Job) -> float:
-    """Where gradients begin: the head as it is read and in float32, and of one window the logits,
-    their softmax and what is drawn from it.
+    """Where gradients begin: the head as it is read and in float32, and of some tokens the
+    logits, their softmax and what is drawn from it.
     """
     head = job.llama.vocab_size * job.llama.hidden_size
-    return head * (4 + job.weight_bytes) + 3 * 4 * job.seq_len * job.llama.vocab_size
+    return head * (4 + job.weight_bytes) + 3 * 4 * min(LOGITS, job.seq_len) * job.llama.vocab_size
 
 
 def _solving_bytes(job: Job) -> float:

@@ -38,8 +38,11 @@ from quant.geometry import check_shapes
 from quant.layer_loop import Run, copy_plain, layers
 from quant.layer_reader import DamagedLayer, check_headers, check_plain
 from quant.llama.config import LlamaConfig
+from quant.loader import load_model
+from quant.machine import return_memory
 from quant.model_card import write_card
 from quant.output import refuse_overlap
+from quant.own_windows import in_turn, keep_windows, kept_windows, own_windows
 from quant.partial import kept, partial_folder
 from quant.report import LayerReport, Report
 from quant.report_page import write_page
@@ -112,8 +115,9 @@ def _lead(run: Run, output: Path, start: float) -> Report:
     options, config = run.options, run.config
     settings = {"solver": solver_name(run.solver), **vars(run.solver)}
     all_settings = {**config.settings(), **settings, **options.numerics()}
-    marks = fingerprint(run.reader, run.windows, run.mask, all_settings)
     with partial_folder(output, options.resume, options.overwrite) as folder:
+        _add_own_windows(run, folder)
+        marks = fingerprint(run.reader, run.windows, run.mask, all_settings)
         shards = CheckpointWriter(folder)
         run.writer = FORMATS["autogptq"].Writer(folder, config, settings, shards)
         run.journal = journal = Journal(folder, marks, shards, len(run.windows))
@@ -137,11 +141,38 @@ def _lead(run: Run, output: Path, start: float) -> Report:
 
 def _follow(run: Run) -> None:
     """What every other process does: its share of the windows and of the rows."""
+    _add_own_windows(run, None)
     run.writer, run.journal = NoWriter(), Follower(len(run.windows))
     try:
         _quantize_layers(run)
     finally:
         run.journal.close()
+
+
+def _add_own_windows(run: Run, folder: Path | None) -> None:
+    """Put the windows that the solver asks for among those of a run: what an earlier run kept, or
+    written by all processes.
+
+    Args:
+        folder: of the first process, where they are kept.
+    """
+    count = getattr(run.solver, "own", 0)
+    if not count:
+        return
+    shape = (count, run.windows.shape[1])
+    found = distributed.from_first(lambda: kept_windows(folder, shape) if folder else None)
+    if found is None:
+        model = load_model(run.reader.path, run.options.device)
+        mine = distributed.share(count)
+        written = own_windows(model, run.windows, count, mine, run.options.on_write)
+        del model
+        return_memory()
+        found = distributed.gather_rows(written, count)
+        if folder is not None:
+            keep_windows(folder, found)
+    run.windows = in_turn(run.windows, found)
+    if run.mask is not None:
+        run.mask = in_turn(run.mask, torch.ones_like(found, dtype=run.mask.dtype))
 
 
 def _fill(run: Run) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from calib.capture import Budget
 from calib.hidden import Storage
+from quant import distributed
 from quant.checkpoint import CheckpointReader
 from quant.config import QuantConfig
 from quant.geometry import stored_bytes
@@ -21,11 +22,12 @@ from quant.layer_reader import plain_tensors
 from quant.llama.config import LlamaConfig
 from quant.machine import Rates, available_memory, free_gpu_memory, nearest_folder
 from quant.partial import partial_path
-from quant.peak_memory import peak_bytes, slopes_bytes, states_bytes
+from quant.peak_memory import peak_bytes, slopes_bytes, states_bytes, writing_bytes
 from quant.units import duration, size
 from quant.workload import Job, cost, down_bytes, waiting, work
 
 _SHARD_BYTES = 4 << 30  # joined beside its parts
+_KEEP_BESIDE_GRADIENTS = 1 << 26  # of down_proj's input: little, as there is much else to hold
 _START_SECONDS, _LAYER_SECONDS = 1.0, 0.06  # checks and reading back; files of a layer
 
 
@@ -39,6 +41,7 @@ class Plan:
     cost: float  # operations of a large product that take as long as all of the work
     memory: int
     gpu_memory: int
+    writing: int  # of either, while the model writes
     states: int  # hidden states of two layer boundaries
     slopes: int  # gradients, in a file
     spilled: int
@@ -75,6 +78,12 @@ class Plan:
         ]
 
     @property
+    def less_writing(self) -> str:
+        """What to do where the most memory goes to what the model writes, in words."""
+        most = self.gpu_memory or self.memory
+        return "; pass --own-windows 0" if most == self.writing else ""
+
+    @property
     def of_gpu(self) -> str:
         """What the GPU has to hold, in words."""
         return f" and {size(self.gpu_memory)} of the GPU" if self.gpu_memory else ""
@@ -83,6 +92,11 @@ class Plan:
 def make_plan(job: Job) -> Plan:
     """Count a run."""
     memory, gpu_memory = peak_bytes(job)
+    writing = writing_bytes(job)
+    if job.device == "cpu":
+        memory = max(memory, writing)
+    else:
+        gpu_memory = max(gpu_memory, writing)
     inside, outside = stored_bytes(job.llama, job.config, job.weight_bytes)
     states, streams = states_bytes(job), 2 if job.beside else 1
     slopes = 0 if job.storage.device == "cuda" else slopes_bytes(job)
@@ -93,6 +107,7 @@ def make_plan(job: Job) -> Plan:
         cost=cost(job),
         memory=int(memory),
         gpu_memory=int(gpu_memory),
+        writing=int(writing),
         states=states,
         slopes=slopes,
         spilled=streams * states + slopes if job.storage.spill else 0,
@@ -124,6 +139,7 @@ def fit_memory(job: Job, limit: int, folder: Path) -> Job:
     raise ValueError(
         f"max-memory {size(limit)}: the least this model takes is about {size(plan.memory)}"
         + plan.of_gpu
+        + plan.less_writing
     )
 
 
@@ -147,16 +163,16 @@ def check_room(plan: Plan, output: Path, spill: Path | None) -> None:
     """
     free_memory = available_memory()
     if free_memory is not None and plan.memory > free_memory:
-        advice = "pass --max-memory" if spill else "pass --spill DIR or --max-memory"
+        save = "pass --max-memory" if spill else "pass --spill DIR or --max-memory"
         raise ValueError(
-            f"memory: about {size(plan.memory)} are needed and {size(free_memory)} are free; "
-            f"{advice}, or fewer --samples"
+            f"memory: about {size(plan.memory)} are needed and {size(free_memory)} are free"
+            + (plan.less_writing or f"; {save}, or fewer --samples")
         )
     written = sum(file.stat().st_size for file in partial_path(output).glob("*"))
     if plan.gpu_memory and plan.gpu_memory > (free := free_gpu_memory()):
         raise ValueError(
-            f"GPU memory: about {size(plan.gpu_memory)} are needed and {size(free)} are free; pass "
-            "--max-memory, or --device cpu"
+            f"GPU memory: about {size(plan.gpu_memory)} are needed and {size(free)} are free"
+            + (plan.less_writing or "; pass --max-memory, or --device cpu")
         )
     place = nearest_folder(output)
     needs = {"--output": (place, plan.disk - written)}
@@ -183,24 +199,31 @@ def job_of(
     storage: Storage = Storage(),  # noqa: B008 - frozen
     device: str = "cpu",
 ) -> Job:
-    """The job of quantizing a checkpoint.
+    """The first process's part in quantizing a checkpoint.
 
     Args:
-        windows: how many, and their tokens.
+        windows: how many of the text, in all processes, and their tokens.
         solver: the options of one of SOLVERS.
         storage: dtype and place of the activations between layers.
         device: where layers are computed, "cpu" or "cuda".
     """
+    (count, tokens), own = windows, getattr(solver, "own", 0)
+    parts = [distributed.share(number, 0) for number in (count + own, own)]
+    count, own = (part.stop - part.start for part in parts)
+    fisher = getattr(solver, "fisher", 0)
     return Job(
         llama,
         config,
-        *windows,
+        count,
+        tokens,
         _weight_bytes(reader, llama),
         storage,
+        Budget(keep_bytes=_KEEP_BESIDE_GRADIENTS) if fisher else Budget(),
         beside=getattr(solver, "needs_float", False),
         sweeps=getattr(solver, "sweeps", 0),
         refits=getattr(solver, "refits", 0),
-        fisher=getattr(solver, "fisher", 0),
+        fisher=fisher,
+        own=own,
         device=device,
     )
 
@@ -213,20 +236,3 @@ def _weight_bytes(reader: CheckpointReader, llama: LlamaConfig) -> float:
             sizes.append(reader.tensor(name).element_size())
             reader.release()
     return sum(sizes) / len(sizes)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "16GB" or "800MB".
-
-    Raises:
-        ValueError: it is not such a size.
-    """
-    units = {"GB": 1e9, "MB": 1e6}
-    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
-    try:
-        size = int(float(number) * units[unit])
-    except (KeyError, ValueError, OverflowError):
-        raise ValueError(f"size {text!r} is not understood; write 16GB or 800MB") from None
-    if size <= 0:
-        raise ValueError(f"size {text!r} must be above zero")
-    return size

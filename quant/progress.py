@@ -44,6 +44,13 @@ class StepPrinter:
     ) -> None:
         self._bar.stop()
 
+    def wrote(self, done: int, total: int) -> None:
+        """The model has written `done` of `total` tokens to calibrate on."""
+        self._bar.update(self._task, description="writing", note=f"{done} of {total} tokens")
+        if not self._console.is_terminal and done == total:
+            elapsed = time.perf_counter() - self._start
+            self._console.print(f"wrote {total} tokens to calibrate on  {elapsed:.0f} s")
+
     def __call__(self, step: Step) -> None:
         self._errors += [linear.relative_error for linear in step.linears]
         mean = sum(self._errors) / len(self._errors)

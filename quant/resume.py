@@ -31,7 +31,7 @@ from quant.checkpoint import read_json
 from quant.checkpoint_writer import CheckpointWriter, Part
 from quant.durable import file_sha256, write_file
 from quant.fingerprint import difference, machine, warn_of_another_machine
-from quant.partial import STATE
+from quant.partial import OWN_WINDOWS, STATE
 
 
 @dataclass
@@ -242,7 +242,7 @@ class Journal:
 
     def _remove_strangers(self) -> None:
         """Remove what a crash left behind and the state does not list."""
-        known = {STATE, "lock"} | {file.name for file in self.hidden.values()}
+        known = {STATE, OWN_WINDOWS, "lock"} | {file.name for file in self.hidden.values()}
         known |= {part.name for part in self.writer.parts}
         known |= {shard.name for shard in self.writer.shards}
         for file in (file for file in self.folder.iterdir() if file.name not in known):

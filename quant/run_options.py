@@ -32,6 +32,7 @@ class RunOptions:
         budget: how much of a layer's activations is computed and kept at a time.
         forecast: of seconds and peak_memory_bytes, kept in the report beside what was measured.
         data: what the windows are taken from, for the report.
+        on_write: called with the tokens that the model wrote to calibrate on, and all of them.
         on_step: called after each solved group.
     """
 
@@ -42,6 +43,7 @@ class RunOptions:
     budget: Budget = Budget()  # noqa: RUF009 - frozen
     forecast: dict[str, float] | None = None
     data: str = ""
+    on_write: Callable[[int, int], None] = lambda done, total: None
     on_step: Callable[[Step], None] = lambda step: None
 
     def numerics(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from quant.llama.model import DecoderLayer
 from quant.native.products import product
 
 _SEED = 0
+LOGITS = 256  # tokens whose logits are held at a time
 _BATCH_TOKENS = 2048  # in whole windows
 
 Watched = TypeVar("Watched")
@@ -148,16 +149,19 @@ def _start_back(
     """
     norm, head = read_end(reader, llama, device)
     generator = torch.Generator().manual_seed(_SEED)
-    for window in range(slopes.windows):  # the logits of one at a time
+    for window in range(slopes.windows):
         at = slice(window, window + 1)
         x = slopes.read(llama.num_hidden_layers, at).to(device)
         with torch.enable_grad():
             normed = norm(x.requires_grad_())
-        p = torch.softmax(product(normed.detach()[0], head.T), -1)
-        drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(device)
-        p.scatter_add_(1, drawn, -torch.ones_like(p[:, :1]))
-        if mask is not None:
-            p *= mask[window, :, None].to(device)
-        normed.backward(product(p, head)[None])
+        slope = torch.empty_like(normed[0])
+        for rows in (slice(i, i + LOGITS) for i in range(0, len(slope), LOGITS)):
+            p = torch.softmax(product(normed.detach()[0, rows], head.T), -1)
+            drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(device)
+            p.scatter_add_(1, drawn, -torch.ones_like(p[:, :1]))
+            if mask is not None:
+                p *= mask[window, rows, None].to(device)
+            slope[rows] = product(p, head)
+        normed.backward(slope[None])
         assert x.grad is not None
         slopes.write(llama.num_hidden_layers, at, x.grad)

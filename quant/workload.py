@@ -18,6 +18,8 @@ Where the float model runs beside the quantized one, forward and attention count
 adds 2 n^2 T to a Hessian and its lag 2 r n T; to aim takes a second Cholesky, 2 r n^2 to multiply
 W by the drift and 2 r n^2 to solve, and errors are told from W and from the aim.
 
+To write windows takes 2 operations a weight and token, the head's among them.
+
 Not all of it runs at the rate of a large product: the costs below say how much longer each part
 takes, read off `benchmarks/parts.py`.
 """
@@ -41,6 +43,7 @@ COSTS = {
     "Cholesky": 1.3,
     "solve": 1.3,
     "gradients": 1.5,
+    "writing": 5.0,
 }
 # Operations in the time of
 _ELEMENT_COST = 600  # one activation through norms and SiLU
@@ -57,7 +60,8 @@ _COLUMN_S, _WEIGHT_S, _BYTE_S = 11.5e-6, 3.5e-9, 4.1e-9
 class Job:
     """What is planned: a model of `weight_bytes` per weight, windows, how they are held,
     whether the float model runs beside the quantized one, the sweeps and refits of every solve, the
-    tokens whose gradients are taken, and where layers are computed.
+    tokens whose gradients are taken, how many of the windows the model writes itself, and where
+    layers are computed.
     """
 
     llama: LlamaConfig
@@ -71,6 +75,7 @@ class Job:
     sweeps: int = 0
     refits: int = 0
     fisher: int = 0
+    own: int = 0
     device: str = "cpu"
 
     @property
@@ -140,6 +145,9 @@ def work(job: Job) -> dict[str, float]:
     counts = {part: count * llama.num_hidden_layers for part, count in layer.items()}
     if job.fisher:
         counts["gradients"] += 4 * llama.vocab_size * llama.hidden_size * job.looked_at
+    if job.own:
+        model = weights_of(llama) * llama.num_hidden_layers + llama.vocab_size * llama.hidden_size
+        counts["writing"] = 2 * model * job.own * job.seq_len
     if job.config.has_head:
         width, rows = llama.hidden_size, llama.vocab_size
         counts["Hessian"] += width**2 * tokens

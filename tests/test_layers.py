@@ -13,16 +13,16 @@ LAYERS = [
     ["cli"],
     ["quant.commands"],
     ["quant.progress", "quant.inspection", "quant.evaluation_text", "quant.roofline"],
-    ["quant.pipeline", "quant.loader", "quant.evaluate", "quant.bench", "quant.export"]
+    ["quant.pipeline", "quant.evaluate", "quant.bench", "quant.export"]
     + ["quant.convert", "quant.publishing"],
     ["quant.layer_loop", "quant.bit_choice"],
     ["quant.sensitivity"],
     ["quant.resume", "quant.follower", "quant.run_options", "quant.model_card", "quant.plan"]
-    + ["quant.report_page"],
+    + ["quant.report_page", "quant.loader"],
     ["quant.peak_memory"],
     ["quant.linear", "quant.report", "quant.verification", "quant.contenders"]
     + ["quant.runtimes", "quant.group_solver", "quant.layer_inputs", "quant.workload"]
-    + ["quant.slopes"],
+    + ["quant.slopes", "quant.own_windows"],
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.sources", "quant.layer_reader", "quant.fingerprint", "quant.partial", "quant.machine"]
     + ["quant.added_tokens", "quant.code_counts"],

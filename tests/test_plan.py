@@ -24,7 +24,8 @@ from quant.llama.config import LlamaConfig
 from quant.llama.model import DecoderLayer
 from quant.machine import Rates, measure
 from quant.native import products
-from quant.plan import check_room, fit_memory, make_plan, parse_size, use_gpu_memory
+from quant.plan import check_room, fit_memory, make_plan, use_gpu_memory
+from quant.units import parse_size
 from quant.workload import Job
 
 ROOT = Path(__file__).parents[1]

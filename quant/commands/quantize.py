@@ -34,6 +34,7 @@ from quant.commands.quantize_options import (
     Length,
     Output,
     Overwrite,
+    OwnWindows,
     Samples,
     Seed,
     Solver,
@@ -59,6 +60,7 @@ def quantize(
     calib: Calibration = None,
     samples: Samples = 128,
     seq_len: Length = None,
+    own_windows: OwnWindows = None,
     seed: Seed = 0,
     solver: Solver = "gptq",
     effort: Effort = "balanced",
@@ -76,10 +78,11 @@ def quantize(
     from quant.output import existing, refuse_existing, refuse_overlap
     from quant.partial import in_the_way
     from quant.pipeline import open_float
-    from quant.plan import fit_memory, job_of, parse_size
+    from quant.plan import fit_memory, job_of
     from quant.publishing import check_push
     from quant.publishing import push as push_folder
     from quant.run_options import RunOptions
+    from quant.units import parse_size
 
     if push is not None and distributed.rank() == 0:
         check_push(push)
@@ -92,12 +95,15 @@ def quantize(
     refuse_overlap(model, output)
     if not plan:
         refuse_existing(output, overwrite, folder=True)
-    solver_options = _solver_options(solver, effort, act_order, damp)
+    solver_options = _solver_options(solver, effort, act_order, damp, own_windows)
     length = seq_len or min(2048, llama.max_position_embeddings)
     sources = calib or ["stdlib"]
     windows = distributed.from_first(lambda: _windows(model, sources, samples, length, seed))
     told = " ".join(sources)
     data = f"{windows.numel()} tokens of {told}"
+    if own := getattr(solver_options, "own", 0):
+        data += f" and {own * windows.shape[1]} of the model's own"
+        told += " and the model"
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
     _advise(windows, llama, sources == ["stdlib"] and model.resolve() != BUNDLED)
     if target_bpw is not None:
@@ -105,8 +111,7 @@ def quantize(
             lambda: grids.finer(reader, llama, windows, config, target_bpw, device)
         )
         grids.check_target(target, llama, config)
-    mine = windows[distributed.share(len(windows), 0)]  # of one process
-    shape, storage = (len(mine), mine.shape[1]), _storage(hidden, spill)
+    shape, storage = tuple(windows.shape), _storage(hidden, spill)
     job = job_of(reader, llama, config, shape, solver_options, storage, device)
     limit = None if max_memory is None else parse_size(max_memory)
     if limit is not None:
@@ -129,7 +134,7 @@ def _name(model: Path) -> str:
     return model.stem if model.is_file() else model.resolve().name
 
 
-def _solver_options(solver: str, effort: str, act_order: bool, damp: float) -> Any:
+def _solver_options(solver: str, effort: str, act_order: bool, damp: float, own: int | None) -> Any:
     """The options of the solver called `solver`."""
     from quant.solvers import SOLVERS
     from quant.solvers.gptq_options import EFFORTS
@@ -140,7 +145,8 @@ def _solver_options(solver: str, effort: str, act_order: bool, damp: float) -> A
         raise ValueError(f"effort {effort!r} is unknown; there are {', '.join(EFFORTS)}")
     if solver != "gptq":
         return SOLVERS[solver][1]()
-    return replace(EFFORTS[effort], act_order=act_order, damp=damp)
+    options = replace(EFFORTS[effort], act_order=act_order, damp=damp)
+    return options if own is None else replace(options, own=own)
 
 
 def _storage(hidden: str, spill: Path | None) -> Any:
@@ -219,7 +225,7 @@ def _run(
 
     try:
         with StepPrinter() as printer:
-            run_options = replace(run_options, on_step=printer)
+            run_options = replace(run_options, on_step=printer, on_write=printer.wrote)
             report = quantize_checkpoint(model, output, windows, config, solver, run_options)
     except KeyboardInterrupt:
         if not (layers := kept(output)):

@@ -30,6 +30,8 @@ class GPTQOptions:
         refits: of these, how many begin with scales refit to the codes, see quant.solvers.refit.
         fisher: tokens whose gradients tell which errors of a linear's outputs make up for each
             other; 0 is none. Used by the pipeline, see quant.slopes and quant.solvers.row_feedback.
+        own: windows that the float model writes itself, added to those of the text. Used by the
+            pipeline, see quant.own_windows.
     """
 
     act_order: bool = True
@@ -43,6 +45,7 @@ class GPTQOptions:
     sweeps: int = 0
     refits: int = 0
     fisher: int = 0
+    own: int = 0
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
@@ -56,8 +59,9 @@ class GPTQOptions:
             raise ValueError(
                 f"refits {self.refits} and sweeps {self.sweeps} do not fit; 0 <= refits <= sweeps"
             )
-        if self.fisher < 0:
-            raise ValueError(f"fisher {self.fisher} is out of range; it is a number of tokens")
+        for name, unit in (("fisher", "tokens"), ("own", "windows")):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name} {value} is out of range; it is a number of {unit}")
         if not 0 <= self.shrink < 1:
             raise ValueError(f"shrink {self.shrink} is out of range; 0 <= shrink < 1")
         if not 0 <= self.damp < 1:
@@ -74,4 +78,4 @@ class GPTQOptions:
 
 _FAST = GPTQOptions(scales="signed", shrink=0.25, sink=0.2, sweeps=1, refits=1)
 _BALANCED = replace(_FAST, sink=0.0, target=0.5, residual=0.5)  # a target needs no sink
-EFFORTS = {"fast": _FAST, "balanced": _BALANCED, "max": replace(_BALANCED, fisher=16384)}
+EFFORTS = {"fast": _FAST, "balanced": _BALANCED, "max": replace(_BALANCED, fisher=16384, own=64)}
