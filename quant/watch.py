@@ -36,6 +36,7 @@ class Watch:
         self._rank, self._world = rank, world
         self._beats = 0
         self._done = threading.Event()
+        self._may_claim = threading.Lock()
         self._store.set(f"who/{rank}", f"pid {os.getpid()} on {socket.gethostname()}")
         self._beat()
 
@@ -57,7 +58,11 @@ class Watch:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def claim(self) -> bool:
-        """Whether this process is the first to fail, and may say why."""
+        """Whether this process is the first to fail, and may say why: once, though the work and the
+        watch may both see it end.
+        """
+        if not self._may_claim.acquire(blocking=False):
+            return False
         try:
             mine = str(self._rank).encode()
             return self._store.compare_set("failed", "", mine.decode()) == mine

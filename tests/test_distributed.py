@@ -14,6 +14,7 @@ import torch
 from processes import ROOT, finish, start
 
 from quant import distributed
+from quant.watch import Watch
 
 
 def test_one_process_is_the_identity() -> None:
@@ -133,6 +134,12 @@ def test_a_dead_process_ends_the_others(blow: str, work: str, tmp_path: Path) ->
         f"error: process 1 (pid {victim.pid} on {socket.gethostname()}) of 2 stopped; finished "
         "layers are kept: start again with --resume\n"
     )
+
+
+def test_the_first_to_fail_says_so_once() -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 1, True)
+    first, second = Watch(store, 0, 2), Watch(store, 1, 2)
+    assert first.claim() and not second.claim() and not first.claim()
 
 
 def test_sigterm_ends_all_with_one_line(tmp_path: Path) -> None:
