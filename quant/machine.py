@@ -53,11 +53,31 @@ def measure(folder: Path, device: str = "cpu") -> Rates:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be taken without swapping; None where the system does not tell."""
+    """Bytes that can be taken without swapping, and within the limit of a container; None where the
+    system does not tell.
+    """
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
     except (OSError, StopIteration):
+        return None
+    limited = _room_of_group()
+    return free if limited is None else min(free, limited)
+
+
+def _room_of_group(
+    groups: Path = Path("/sys/fs/cgroup"), own: str = "/proc/self/cgroup"
+) -> int | None:
+    """What the limit of this process's control group leaves (cgroup 2), not counting the least
+    recently used part of the files in memory; None where there is no limit.
+    """
+    try:
+        name = Path(own).read_text(encoding="utf-8").partition("::")[2].strip()
+        group = groups / name.lstrip("/")
+        limit, used = (int((group / f"memory.{of}").read_text()) for of in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return limit - used + int(stat["inactive_file"])
+    except (OSError, ValueError, KeyError):  # a limit of "max" is none
         return None
 
 

@@ -22,7 +22,7 @@ from quant import QuantConfig
 from quant.inspection import describe
 from quant.llama.config import LlamaConfig
 from quant.llama.model import DecoderLayer
-from quant.machine import Rates, measure
+from quant.machine import Rates, _room_of_group, measure
 from quant.native import products
 from quant.plan import check_room, fit_memory, make_plan, use_gpu_memory
 from quant.units import parse_size
@@ -95,6 +95,19 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         spilled = replace(plan, spilled=plan.disk + 1)
         with pytest.raises(ValueError, match="/dev/shm: .* choose another --spill"):
             check_room(spilled, tmp_path / "out", elsewhere)
+
+
+def test_a_container_has_its_own_limit(tmp_path: Path) -> None:
+    group, own = tmp_path / "one", tmp_path / "own"
+    group.mkdir()
+    own.write_text("0::/one\n")
+    assert _room_of_group(tmp_path, str(own)) is None
+    files = {"max": "max\n", "current": "700\n", "stat": "anon 500\ninactive_file 50\n"}
+    for name, text in files.items():
+        (group / f"memory.{name}").write_text(text)
+    assert _room_of_group(tmp_path, str(own)) is None
+    (group / "memory.max").write_text("1000\n")
+    assert _room_of_group(tmp_path, str(own)) == 350
 
 
 def test_a_small_disk_is_measured_within_what_is_free(
