@@ -116,13 +116,8 @@ def work(job: Job) -> dict[str, float]:
     """Operations of the whole run, by part."""
     llama, tokens, groups = job.llama, job.tokens, groups_of(job.llama)
     wide = llama.num_attention_heads * llama.head_dim
-    again = (
-        4
-        * llama.hidden_size
-        * llama.intermediate_size
-        * tokens
-        * (1 - kept_bytes(job) / down_bytes(job))
-    )
+    twice = 1 - kept_bytes(job) / down_bytes(job)  # of the product of gate and up
+    again = 4 * llama.hidden_size * llama.intermediate_size * tokens * twice
     streams = 2 if job.beside else 1
     layer = {
         "forward": streams * (2 * weights_of(llama) * tokens + again),

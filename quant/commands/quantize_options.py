@@ -72,8 +72,8 @@ Samples = Annotated[int, typer.Option(help="Windows of text.", rich_help_panel=C
 OwnWindows = Annotated[
     int | None,
     typer.Option(
-        help="Windows that the model writes itself, beside --samples, from their beginnings: 64 "
-        "with --effort max, else none. For this the whole model has to be in memory.",
+        help="Windows that the model writes itself, beside --samples, continuing pieces of them: "
+        "64 with --effort max, else none. For this the whole model has to be in memory.",
         min=0,
         rich_help_panel=CALIBRATION,
     ),
