@@ -16,31 +16,21 @@ layer, and twice that of disk; computing them again would cost a forward per fin
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from calib.hidden import HiddenStates
 from quant import distributed
 from quant.background import background_thread
-from quant.checkpoint import read_json
 from quant.checkpoint_writer import CheckpointWriter, Part
 from quant.durable import file_sha256, write_file
 from quant.fingerprint import difference, machine, warn_of_another_machine
 from quant.partial import OWN_WINDOWS, STATE
-
-
-@dataclass
-class Finished:
-    """One layer: its files, what the report says of it, and the digests of its linears."""
-
-    parts: list[Part]
-    report: dict[str, Any]
-    digests: dict[str, str]
+from quant.run_state import Finished, RunState
 
 
 @dataclass
@@ -80,45 +70,25 @@ class Journal:
         """
         if not (self.folder / STATE).exists():
             return
-        state = self._read_state()
-        if state.get("damaged") and state["fingerprint"]["weights"] != self.fingerprint["weights"]:
+        state = RunState.read(self.folder)
+        if state.damaged and state.fingerprint["weights"] != self.fingerprint["weights"]:
             warnings.warn(
                 f"{self.folder}: the weights were mended since a damaged layer stopped the run; "
                 "layers finished before are kept as they are",
                 stacklevel=1,
             )
-            state["fingerprint"]["weights"] = self.fingerprint["weights"]
-        if changed := difference(state["fingerprint"], self.fingerprint):
+            state.fingerprint["weights"] = self.fingerprint["weights"]
+        if changed := difference(state.fingerprint, self.fingerprint):
             raise ValueError(
                 f"{self.folder}: cannot be continued, {changed}; change it back, or pass "
                 "--overwrite to start again"
             )
-        warn_of_another_machine(self.folder, state["machine"], self._machine)
-        self.writer.shards, self.layers = state["shards"], state["layers"]
-        self.hidden = state["hidden"]
+        warn_of_another_machine(self.folder, state.machine, self._machine)
+        self.writer.shards, self.layers, self.hidden = state.shards, state.layers, state.hidden
         self._list_parts()
         self._drop_damaged()
         self._list_parts()
         self._remove_strangers()
-
-    def _read_state(self) -> dict[str, Any]:
-        """What `_write_state` wrote."""
-        file = self.folder / STATE
-        try:
-            state = read_json(file)
-            for one in state["layers"]:
-                one["parts"] = [Part(**part) for part in one["parts"]]
-            layers = [Finished(**one) for one in state["layers"]]
-            state["hidden"] = {int(key): Part(**part) for key, part in state["hidden"].items()}
-            shards = [Part(**shard) for shard in state["shards"]]
-            known = {key: dict(state[key]) for key in ("fingerprint", "machine")}
-            return {**state, **known, "layers": layers, "shards": shards}
-        except ValueError as error:
-            raise ValueError(f"{error}; pass --overwrite to start again") from None
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f"{file}: is not what a run writes there; pass --overwrite to start again"
-            ) from None
 
     def load_hidden(self, states: HiddenStates) -> None:
         """Read the hidden states behind the last finished layer."""
@@ -200,20 +170,8 @@ class Journal:
         return Part(file.name, file.stat().st_size, file_sha256(file))
 
     def _write_state(self) -> None:
-        state = {
-            "fingerprint": self.fingerprint,
-            "machine": self._machine,
-            "layers": [asdict(layer) for layer in self.layers],
-            "damaged": self.damaged,
-            "hidden": {key: asdict(file) for key, file in self.hidden.items()},
-            "shards": [asdict(shard) for shard in self.writer.shards],
-        }
-        text = json.dumps(state).encode()
-
-        def write(path: Path) -> None:
-            path.write_bytes(text)
-
-        write_file(self.folder / STATE, write)
+        facts = (self.fingerprint, self._machine, self.layers, self.damaged, self.hidden)
+        RunState(*facts, self.writer.shards).write(self.folder)
 
     def _drop_damaged(self) -> None:
         """Go back to the last layer with whole parts before it and whole hidden states behind it;

@@ -112,7 +112,8 @@ def assert_same(one: Path, other: Path) -> None:
     """All tensors byte for byte, the same files, and the same errors in the report."""
     first, second = tensors(one), tensors(other)
     assert first.keys() == second.keys() and len(first) > 10
-    assert all(torch.equal(first[k].view(torch.uint8), second[k].view(torch.uint8)) for k in first)
+    pairs = {k: (first[k].view(torch.uint8), second[k].view(torch.uint8)) for k in first}
+    assert [k for k, pair in pairs.items() if not torch.equal(*pair)] == []
     assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
     linears = [
         json.loads((f / "quantize_report.json").read_text())["linears"] for f in (one, other)
