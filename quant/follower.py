@@ -42,6 +42,9 @@ class Follower:
         self._pool = background_thread()
         self._sending: Future[None] | None = None
 
+    def keep_windows(self, windows: Tensor) -> None:
+        """Nothing: the first process keeps them."""
+
     def load_hidden(self, states: HiddenStates) -> None:
         """Receive this process's share of what the first one kept."""
         dealt = distributed.deal(iter(()), self.windows, states.window_bytes)

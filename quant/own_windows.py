@@ -7,12 +7,14 @@ by token, drawn from the model's own predictions.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from quant.checkpoint_writer import Part
 from quant.durable import write_file
 from quant.llama.cache import KVCache
 from quant.llama.config import LlamaConfig
@@ -118,18 +120,34 @@ def in_turn(some: Tensor, others: Tensor) -> Tensor:
     return torch.cat([some, others])[places.argsort()]
 
 
-def keep_windows(folder: Path, windows: Tensor) -> None:
-    """Write windows (windows, tokens) of ids into a run's folder."""
+def keep_windows(folder: Path, windows: Tensor, before: Part | None) -> Part:
+    """Write windows (windows, tokens) of ids into a run's folder; the file.
+
+    Args:
+        before: of the run that is continued, if it had written some.
+
+    Raises:
+        ValueError: these are others, so nothing is written.
+    """
+    raw = windows.numpy().tobytes()
+    file = Part(OWN_WINDOWS, len(raw), hashlib.sha256(raw).hexdigest())
+    if before not in (None, file):
+        raise ValueError(
+            f"{folder / OWN_WINDOWS}: is damaged, and this machine rounds so that the model writes "
+            "other windows; continue on the one where the run began, or pass --overwrite to start "
+            "again"
+        )
 
     def write(path: Path) -> None:
-        path.write_bytes(windows.numpy().tobytes())
+        path.write_bytes(raw)
 
     write_file(folder / OWN_WINDOWS, write)
+    return file
 
 
-def kept_windows(folder: Path, shape: tuple[int, int]) -> Tensor | None:
-    """What an earlier run wrote there, if all of it is there."""
-    file = folder / OWN_WINDOWS
-    if not file.exists() or file.stat().st_size != 8 * shape[0] * shape[1]:
+def kept_windows(folder: Path, file: Part | None, tokens: int) -> Tensor | None:
+    """What an earlier run wrote there, (windows, tokens) of ids, if all of it is there."""
+    if file is None or not file.is_whole(folder):
         return None
-    return torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.int64).view(shape)
+    raw = bytearray((folder / file.name).read_bytes())
+    return torch.frombuffer(raw, dtype=torch.int64).view(-1, tokens)

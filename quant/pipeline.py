@@ -42,7 +42,7 @@ from quant.loader import load_model
 from quant.machine import return_memory
 from quant.model_card import write_card
 from quant.output import refuse_overlap
-from quant.own_windows import in_turn, keep_windows, kept_windows, own_windows
+from quant.own_windows import in_turn, own_windows
 from quant.partial import kept, partial_folder
 from quant.report import LayerReport, Report
 from quant.report_page import write_page
@@ -116,12 +116,13 @@ def _lead(run: Run, output: Path, start: float) -> Report:
     settings = {"solver": solver_name(run.solver), **vars(run.solver)}
     all_settings = {**config.settings(), **settings, **options.numerics()}
     with partial_folder(output, options.resume, options.overwrite) as folder:
-        _add_own_windows(run, folder)
         marks = fingerprint(run.reader, run.windows, run.mask, all_settings)
         shards = CheckpointWriter(folder)
         run.writer = FORMATS["autogptq"].Writer(folder, config, settings, shards)
-        run.journal = journal = Journal(folder, marks, shards, len(run.windows))
+        run.journal = journal = Journal(folder, marks, shards, _all_windows(run))
         try:
+            journal.resume()
+            _add_own_windows(run)
             _fill(run)
         except DamagedLayer:
             journal.note_damage()
@@ -141,26 +142,27 @@ def _lead(run: Run, output: Path, start: float) -> Report:
 
 def _follow(run: Run) -> None:
     """What every other process does: its share of the windows and of the rows."""
-    _add_own_windows(run, None)
-    run.writer, run.journal = NoWriter(), Follower(len(run.windows))
+    run.writer, run.journal = NoWriter(), Follower(_all_windows(run))
     try:
+        _add_own_windows(run)
         _quantize_layers(run)
     finally:
         run.journal.close()
 
 
-def _add_own_windows(run: Run, folder: Path | None) -> None:
+def _all_windows(run: Run) -> int:
+    """How many there are in all processes, with those that the model writes."""
+    return len(run.windows) + getattr(run.solver, "own", 0)
+
+
+def _add_own_windows(run: Run) -> None:
     """Put the windows that the solver asks for among those of a run: what an earlier run kept, or
     written by all processes.
-
-    Args:
-        folder: of the first process, where they are kept.
     """
-    count = getattr(run.solver, "own", 0)
+    count, tokens = getattr(run.solver, "own", 0), run.windows.shape[1]
     if not count:
         return
-    shape = (count, run.windows.shape[1])
-    found = distributed.from_first(lambda: kept_windows(folder, shape) if folder else None)
+    found = distributed.from_first(lambda: run.journal.kept_windows(tokens))
     if found is None:
         model = load_model(run.reader.path, run.options.device)
         mine = distributed.share(count)
@@ -168,8 +170,7 @@ def _add_own_windows(run: Run, folder: Path | None) -> None:
         del model
         return_memory()
         found = distributed.gather_rows(written, count)
-        if folder is not None:
-            keep_windows(folder, found)
+        run.journal.keep_windows(found)
     run.windows = in_turn(run.windows, found)
     if run.mask is not None:
         run.mask = in_turn(run.mask, torch.ones_like(found, dtype=run.mask.dtype))
@@ -178,7 +179,6 @@ def _add_own_windows(run: Run, folder: Path | None) -> None:
 def _fill(run: Run) -> None:
     """Write the whole checkpoint, or what an earlier run left to do."""
     journal = run.journal
-    journal.resume()
     _quantize_layers(run)
     if len(journal.layers) == run.llama.num_hidden_layers:
         copy_plain(run)

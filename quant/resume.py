@@ -23,12 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from calib.hidden import HiddenStates
 from quant import distributed
 from quant.background import background_thread
 from quant.checkpoint_writer import CheckpointWriter, Part
 from quant.durable import file_sha256, write_file
 from quant.fingerprint import difference, machine, warn_of_another_machine
+from quant.own_windows import keep_windows, kept_windows
 from quant.partial import OWN_WINDOWS, STATE
 from quant.run_state import Finished, RunState
 
@@ -41,7 +44,8 @@ class Journal:
         folder: where parts, hidden states and state.json are.
         fingerprint: what a run must have in common with the one it continues.
         writer: writes the parts.
-        windows: of all processes.
+        windows: of all processes, with those that the model writes.
+        own_windows: the file of the latter.
         layers: the finished layers; one more record follows for the embedding, norm and head.
         hidden: (layers before it, file) of the hidden states kept.
         damaged: the run stopped at a damaged layer; it may be continued with other weights.
@@ -54,6 +58,7 @@ class Journal:
     layers: list[Finished] = field(default_factory=list)
     hidden: dict[int, Part] = field(default_factory=dict)
     damaged: bool = False
+    own_windows: Part | None = None
 
     def __post_init__(self) -> None:
         self._machine = machine()  # of this thread; others compute with fewer
@@ -85,10 +90,23 @@ class Journal:
             )
         warn_of_another_machine(self.folder, state.machine, self._machine)
         self.writer.shards, self.layers, self.hidden = state.shards, state.layers, state.hidden
+        self.own_windows = state.own_windows
         self._list_parts()
         self._drop_damaged()
         self._list_parts()
         self._remove_strangers()
+
+    def kept_windows(self, tokens: int) -> Tensor | None:
+        """What the model wrote to calibrate on in an earlier run, (windows, tokens) of ids."""
+        return kept_windows(self.folder, self.own_windows, tokens)
+
+    def keep_windows(self, windows: Tensor) -> None:
+        """Make what the model wrote durable.
+
+        Raises:
+            ValueError: the run that is continued had others.
+        """
+        self.own_windows = keep_windows(self.folder, windows, self.own_windows)
 
     def load_hidden(self, states: HiddenStates) -> None:
         """Read the hidden states behind the last finished layer."""
@@ -171,7 +189,7 @@ class Journal:
 
     def _write_state(self) -> None:
         facts = (self.fingerprint, self._machine, self.layers, self.damaged, self.hidden)
-        RunState(*facts, self.writer.shards).write(self.folder)
+        RunState(*facts, self.writer.shards, self.own_windows).write(self.folder)
 
     def _drop_damaged(self) -> None:
         """Go back to the last layer with whole parts before it and whole hidden states behind it;

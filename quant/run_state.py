@@ -33,6 +33,7 @@ class RunState:
         damaged: the run stopped at a damaged layer; it may be continued with other weights.
         hidden: (layers before it, file) of the hidden states kept.
         shards: what parts were joined to.
+        own_windows: the file of those that the model wrote to calibrate on, if it wrote some.
     """
 
     fingerprint: dict[str, Any]
@@ -41,6 +42,7 @@ class RunState:
     damaged: bool
     hidden: dict[int, Part]
     shards: list[Part]
+    own_windows: Part | None
 
     @classmethod
     def read(cls, folder: Path) -> RunState:
@@ -61,6 +63,7 @@ class RunState:
                 damaged=state["damaged"],
                 hidden={int(key): Part(**part) for key, part in state["hidden"].items()},
                 shards=[Part(**shard) for shard in state["shards"]],
+                own_windows=Part(**own) if (own := state["own_windows"]) else None,
             )
         except ValueError as error:
             raise ValueError(f"{error}; pass --overwrite to start again") from None

@@ -12,7 +12,7 @@ import pytest
 import torch
 from processes import finish, start
 from test_cli import cli
-from test_resume import assert_same
+from test_resume import assert_same, content
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -96,11 +96,12 @@ def test_a_run_keeps_them(make_checkpoint: Make, windows: Tensor, tmp_path: Path
 
     run("quiet")
     assert written.pop() == 3 * 32
-    for damage, again in ((0, 0), (-8, 3 * 32)):
+    for cut, end, again in ((0, b"", 0), (8, b"", 3 * 32), (8, b"damaged.", 3 * 32)):
         with pytest.raises(KeyboardInterrupt):
             run("out", on_step=stop, overwrite=True)
         kept = tmp_path / "out.partial" / "own-windows"
-        kept.write_bytes(kept.read_bytes()[: damage or None])
+        whole = kept.read_bytes()
+        kept.write_bytes(whole[: len(whole) - cut] + end)
         written.clear()
         run("out", resume=True, overwrite=True)
         assert sum(written[-1:]) == again
@@ -116,8 +117,49 @@ def test_a_run_keeps_them(make_checkpoint: Make, windows: Tensor, tmp_path: Path
     ).read_bytes()
 
 
+def test_another_run_is_refused_before_anything_is_written(
+    make_checkpoint: Make, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one process and by two; and so are other windows than those that were written before."""
+    source, config = make_checkpoint("source"), QuantConfig(4, 64)
+    torch.save(windows, tmp_path / "windows.pt")
+
+    def run(own: int, length: int = 64, **options: Any) -> None:
+        text, solver = windows[:, :length], GPTQOptions(own=own)
+        quantize_checkpoint(source, tmp_path / "out", text, config, solver, RunOptions(**options))
+
+    def stop(step: Any) -> None:
+        if step.layer:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(3, on_step=stop)
+    partial = tmp_path / "out.partial"
+    before, written = content(partial), []
+    for arguments, told in (((2,), "own was 3, now 2"), ((3, 50), "windows was 8 x 64,.* 8 x 50")):
+        with pytest.raises(ValueError, match=f"cannot be continued, .*{told}"):
+            run(*arguments, resume=True, on_write=lambda *numbers: written.append(numbers))
+        assert content(partial) == before and written == []
+    body = """
+    from quant import QuantConfig, GPTQOptions, RunOptions, quantize_checkpoint
+    windows, again = torch.load(folder / "windows.pt"), RunOptions(resume=True)
+    solver, config = GPTQOptions(own=5), QuantConfig(4, 64)
+    quantize_checkpoint(folder / "source", folder / "out", windows, config, solver, again)
+    """
+    results = finish(start(body, 2, tmp_path))
+    assert [code for code, _, _ in results] == [2, 2]
+    assert [err.count("own was 3, now 5") for _, _, err in results] == [1, 0]
+    assert content(partial) == before
+    (partial / "own-windows").write_bytes(before["own-windows"][:-8] + b"damaged.")
+    before = content(partial)
+    monkeypatch.setattr(module, "_SEED", 1)
+    with pytest.raises(ValueError, match="own-windows: is damaged, and .* writes other windows"):
+        run(3, resume=True)
+    assert content(partial) == before
+
+
 def test_processes_write_the_same(make_checkpoint: Make, windows: Tensor, tmp_path: Path) -> None:
-    """Two, with an odd number to write: the fingerprint of the windows is that of one process."""
+    """Two, with an odd number to write: the windows are those of one process."""
     torch.save(windows, tmp_path / "windows.pt")
     make_checkpoint("source")
     body = """
