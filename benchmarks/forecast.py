@@ -20,7 +20,8 @@ from calib.hidden import Storage
 from quant import QuantConfig, RunOptions, quantize_checkpoint
 from quant.llama.config import LlamaConfig
 from quant.machine import measure, peak_memory_bytes
-from quant.plan import fit_memory, job_of, make_plan
+from quant.plan import job_of, make_plan
+from quant.room import fit_memory
 from quant.solvers.gptq_options import EFFORTS
 from quant.sources import open_checkpoint
 from quant.units import parse_size

@@ -16,7 +16,7 @@ LAYERS = [
     ["quant.pipeline", "quant.evaluate", "quant.bench", "quant.export"]
     + ["quant.convert", "quant.publishing"],
     ["quant.layer_loop", "quant.bit_choice"],
-    ["quant.sensitivity"],
+    ["quant.sensitivity", "quant.room"],
     ["quant.resume", "quant.follower", "quant.run_options", "quant.model_card", "quant.plan"]
     + ["quant.report_page", "quant.loader"],
     ["quant.peak_memory"],

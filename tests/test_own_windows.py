@@ -23,7 +23,8 @@ from quant.geometry import linear_shapes
 from quant.llama.config import LlamaConfig
 from quant.loader import load_model
 from quant.own_windows import own_windows, piece_bytes, rows_at_a_time
-from quant.plan import check_room, fit_memory, make_plan
+from quant.plan import make_plan
+from quant.room import check_room, fit_memory
 from quant.solvers.gptq_options import GPTQOptions
 from quant.sources import open_checkpoint
 from quant.workload import Job
@@ -213,7 +214,7 @@ def test_plan_counts_what_is_written(
     job = replace(job, llama=replace(llama, num_hidden_layers=20000), own=5)
     deep = make_plan(job)
     assert deep.memory == deep.writing
-    monkeypatch.setattr("quant.plan.available_memory", lambda: 10**9)
+    monkeypatch.setattr("quant.room.available_memory", lambda: 10**9)
     with pytest.raises(ValueError, match="are needed and .* are free; pass --own-windows 0"):
         check_room(deep, Path("out"), None)
     with pytest.raises(ValueError, match="the least this model takes .*; pass --own-windows 0"):

@@ -78,9 +78,10 @@ def quantize(
     from quant.output import existing, refuse_existing, refuse_overlap
     from quant.partial import in_the_way
     from quant.pipeline import open_float
-    from quant.plan import fit_memory, job_of
+    from quant.plan import job_of
     from quant.publishing import check_push
     from quant.publishing import push as push_folder
+    from quant.room import fit_memory
     from quant.run_options import RunOptions
     from quant.units import parse_size
 
@@ -165,7 +166,7 @@ def _storage(hidden: str, spill: Path | None) -> Any:
 def _use_gpu_memory(job: Any, limit: int | None) -> Any:
     """The job with activations on the GPU, if it has one with room for them."""
     from quant.machine import free_gpu_memory
-    from quant.plan import use_gpu_memory
+    from quant.room import use_gpu_memory
 
     if job.device == "cpu":
         return job
@@ -180,7 +181,8 @@ def _forecast(job: Any, output: Path) -> dict[str, float]:
         ValueError: memory or disk does not suffice.
     """
     from quant.machine import measure
-    from quant.plan import check_room, make_plan
+    from quant.plan import make_plan
+    from quant.room import check_room
 
     plan = make_plan(job)
     try:
