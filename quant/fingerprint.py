@@ -54,11 +54,23 @@ def warn_of_another_machine(folder: Path, before: dict[str, Any], now: dict[str,
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first field that differs, with both values; None if all are equal."""
+    """The first field that differs, with both values, and of a field with fields of its own the
+    first of these; None if all are equal.
+    """
     for field in [*new, *old]:
-        if old.get(field) != new.get(field):
-            return f"{field} was {old.get(field)}, now {new.get(field)}"
+        was, now = old.get(field), new.get(field)
+        if was == now:
+            continue
+        if isinstance(was, dict) or isinstance(now, dict):
+            return f"{field} {difference(was or {}, now or {})}"
+        return f"{field} was {was}, now {now}"
     return None
+
+
+def other_words(old: dict[str, str], new: dict[str, str]) -> str:
+    """Up to three options of the command line that differ, each with both values; "" if none."""
+    names = [name for name in new if name in old and old[name] != new[name]]
+    return "; ".join(f"{o} was {_end(old[o])}, now {_end(new[o])}" for o in names[:3])
 
 
 def own_version() -> str:
@@ -89,6 +101,11 @@ def _source_hash() -> str:
     files = [*root.glob("quant/**/*.py"), *root.glob("calib/**/*.py")]
     files += [file for folder in native.__path__ for file in Path(folder).glob("libkern.*")]
     return _short(b"".join(file.read_bytes() for file in sorted(files)))
+
+
+def _end(text: str) -> str:
+    """A text, or as much of its end as a line of several has room for."""
+    return text if len(text) <= 40 else f"...{text[-37:]}"
 
 
 def _short(data: bytes) -> str:

@@ -119,7 +119,7 @@ def _lead(run: Run, output: Path, start: float) -> Report:
         marks = fingerprint(run.reader, run.windows, run.mask, all_settings)
         shards = CheckpointWriter(folder)
         run.writer = FORMATS["autogptq"].Writer(folder, config, settings, shards)
-        run.journal = journal = Journal(folder, marks, shards, _all_windows(run))
+        run.journal = journal = Journal(folder, marks, options.words, shards, _all_windows(run))
         try:
             journal.resume()
             _add_own_windows(run)

@@ -30,7 +30,7 @@ from quant import distributed
 from quant.background import background_thread
 from quant.checkpoint_writer import CheckpointWriter, Part
 from quant.durable import file_sha256, write_file
-from quant.fingerprint import difference, machine, warn_of_another_machine
+from quant.fingerprint import difference, machine, other_words, warn_of_another_machine
 from quant.own_windows import keep_windows, kept_windows
 from quant.partial import OWN_WINDOWS, STATE
 from quant.run_state import Finished, RunState
@@ -43,6 +43,7 @@ class Journal:
     Attributes:
         folder: where parts, hidden states and state.json are.
         fingerprint: what a run must have in common with the one it continues.
+        words: the command line's options by name, to say which of them differs.
         writer: writes the parts.
         windows: of all processes, with those that the model writes.
         own_windows: the file of the latter.
@@ -53,6 +54,7 @@ class Journal:
 
     folder: Path
     fingerprint: dict[str, Any]
+    words: dict[str, str]
     writer: CheckpointWriter
     windows: int
     layers: list[Finished] = field(default_factory=list)
@@ -84,8 +86,9 @@ class Journal:
             )
             state.fingerprint["weights"] = self.fingerprint["weights"]
         if changed := difference(state.fingerprint, self.fingerprint):
+            words = other_words(state.words, self.words)
             raise ValueError(
-                f"{self.folder}: cannot be continued, {changed}; change it back, or pass "
+                f"{self.folder}: cannot be continued, {words or changed}; change it back, or pass "
                 "--overwrite to start again"
             )
         warn_of_another_machine(self.folder, state.machine, self._machine)
@@ -188,7 +191,8 @@ class Journal:
         return Part(file.name, file.stat().st_size, file_sha256(file))
 
     def _write_state(self) -> None:
-        facts = (self.fingerprint, self._machine, self.layers, self.damaged, self.hidden)
+        marks = (self.fingerprint, self.words, self._machine)
+        facts = (*marks, self.layers, self.damaged, self.hidden)
         RunState(*facts, self.writer.shards, self.own_windows).write(self.folder)
 
     def _drop_damaged(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from calib.capture import Budget
@@ -32,6 +32,8 @@ class RunOptions:
         budget: how much of a layer's activations is computed and kept at a time.
         forecast: of seconds and peak_memory_bytes, kept in the report beside what was measured.
         data: what the windows are taken from, for the report.
+        words: the command line's options by name, kept to say which differs where a run of other
+            settings is not continued.
         on_write: called with the tokens that the model wrote to calibrate on, and all of them.
         on_step: called after each solved group.
     """
@@ -43,6 +45,7 @@ class RunOptions:
     budget: Budget = Budget()  # noqa: RUF009 - frozen
     forecast: dict[str, float] | None = None
     data: str = ""
+    words: dict[str, str] = field(default_factory=dict)
     on_write: Callable[[int, int], None] = lambda done, total: None
     on_step: Callable[[Step], None] = lambda step: None
 

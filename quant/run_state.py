@@ -28,6 +28,7 @@ class RunState:
 
     Attributes:
         fingerprint: what a run must have in common with the one it continues.
+        words: the options of the command line, by name, that decide its numbers.
         machine: on which it began, see quant.fingerprint.
         layers: the finished ones; one more record follows for the embedding, norm and head.
         damaged: the run stopped at a damaged layer; it may be continued with other weights.
@@ -37,6 +38,7 @@ class RunState:
     """
 
     fingerprint: dict[str, Any]
+    words: dict[str, str]
     machine: dict[str, Any]
     layers: list[Finished]
     damaged: bool
@@ -58,6 +60,7 @@ class RunState:
                 one["parts"] = [Part(**part) for part in one["parts"]]
             return cls(
                 fingerprint=dict(state["fingerprint"]),
+                words=dict(state["words"]),
                 machine=dict(state["machine"]),
                 layers=[Finished(**one) for one in state["layers"]],
                 damaged=state["damaged"],

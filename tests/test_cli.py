@@ -178,6 +178,16 @@ def test_a_full_disk_leaves_nothing(make_checkpoint: Make, tmp_path: Path) -> No
     assert list((tmp_path / "here").iterdir()) == []
 
 
+OTHER_WORDS: list[tuple[list[str], str]] = [
+    (["--effort", "fast"], "--effort was balanced, now fast"),
+    (["--target-bpw", "5"], "--target-bpw was not given, now 5.0"),
+    (
+        ["--calib", "a.txt", "--no-act-order"],
+        "--calib was not given, now a.txt; --act-order was True, now False",
+    ),
+]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_keeps_what_is_finished(make_checkpoint: Make, tmp_path: Path) -> None:
     source = make_checkpoint(num_hidden_layers=30)
@@ -196,9 +206,12 @@ def test_ctrl_c_keeps_what_is_finished(make_checkpoint: Make, tmp_path: Path) ->
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["out.partial"]
     again = cli(*quick(source), cwd=tmp_path / "here")
     assert again.returncode == 2 and "pass --resume to continue it, or --overwrite" in again.stderr
-    other = cli(*quick(source), "--resume", "--damp", 0.02, cwd=tmp_path / "here")
-    assert other.returncode == 2 and "damp was 0.01, now 0.02" in other.stderr
-    assert len(other.stderr.splitlines()) == 1
+    (tmp_path / "here" / "a.txt").write_text("some words " * 1000)
+    for words, told in OTHER_WORDS:
+        other = cli(*quick(source), "--resume", *words, cwd=tmp_path / "here")
+        line = f"error: out.partial: cannot be continued, {told}; change it back, or pass --over"
+        assert other.returncode == 2 and other.stderr.startswith(line)
+        assert len(other.stderr) < 200 and len(other.stderr.splitlines()) == 1
     assert cli(*quick(source), "--resume", cwd=tmp_path / "here").returncode == 0
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -314,7 +315,10 @@ def test_another_run_is_not_continued(
     solver = GPTQOptions(damp=0.02)
     refuses("pass --resume to continue", source, out, windows, CONFIG, options=RunOptions())
     refuses("bits was 4, now 8", source, out, windows, QuantConfig(8, 64))
-    refuses("damp was 0.01, now 0.02", source, out, windows, CONFIG, solver)
+    refuses("continued, damp was 0.01, now 0.02;", source, out, windows, CONFIG, solver)
+    finer = tuple((f"model.layers.{at}.mlp.down_proj", QuantConfig(8, 64)) for at in range(2))
+    told = "continued, modules model.layers.0.mlp.down_proj bits was None, now 8;"
+    refuses(told, source, out, windows, replace(CONFIG, modules=finer))
     refuses("calibration windows was 8 x 64, .*, now 7 x 64", source, out, windows[:7], CONFIG)
     storage = Storage(torch.bfloat16)
     lossy = RunOptions(resume=True, storage=storage)

@@ -41,6 +41,7 @@ from quant.commands.quantize_options import (
     Source,
     Symmetric,
     TargetBpw,
+    as_given,
 )
 
 
@@ -73,6 +74,7 @@ def quantize(
     plan: ShowPlan = False,
 ) -> None:
     """Quantize a float checkpoint, layer by layer, into a folder that GPTQ readers load."""
+    words = as_given(locals())
     from quant.config import QuantConfig
     from quant.loader import resolve_device
     from quant.output import existing, refuse_existing, refuse_overlap
@@ -124,7 +126,7 @@ def quantize(
             print(f"note: {obstacle}")
     else:
         places = (device, overwrite, resume, job.storage, job.budget)
-        run_options = RunOptions(*places, forecast=forecast, data=told)
+        run_options = RunOptions(*places, forecast=forecast, data=told, words=words)
         _run(model, output, windows, config, solver_options, run_options)
     if push and not plan and distributed.rank() == 0:
         print(f"pushed: {push_folder(output, push)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -121,3 +121,19 @@ Damp = Annotated[
         help="Added to the Hessian's diagonal, as a fraction of its mean.", rich_help_panel=SOLVING
     ),
 ]
+
+
+def as_given(arguments: dict[str, Any]) -> dict[str, str]:
+    """The options that decide numbers, by name, as they were given."""
+
+    def told(value: Any) -> str:
+        if value is None:
+            return "not given"
+        return " ".join(value) if isinstance(value, list) else str(value)
+
+    places = ("output", "overwrite", "resume", "target", "push", "spill", "plan")
+    return {
+        f"--{name.replace('_', '-')}": told(value)
+        for name, value in arguments.items()
+        if name not in places
+    }
