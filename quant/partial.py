@@ -49,7 +49,19 @@ def partial_folder(path: Path, resume: bool = False, overwrite: bool = False) ->
             _let_go_on_windows(lock)
             shutil.rmtree(partial)
         lock.close()
-    for name in (STATE, OWN_WINDOWS, _LOCK):
+    remove_notes(path)
+
+
+def is_finished(path: Path, resume: bool = True, overwrite: bool = False) -> bool:
+    """Whether a run that goes on with `path` finds it complete: an earlier one was killed after it
+    gave the folder its name, and before it removed its notes.
+    """
+    return resume and not overwrite and (path / STATE).is_file()
+
+
+def remove_notes(path: Path) -> None:
+    """Remove what is no part of a checkpoint, last what `is_finished` looks for."""
+    for name in (OWN_WINDOWS, _LOCK, STATE):
         (path / name).unlink(missing_ok=True)
 
 

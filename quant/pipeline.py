@@ -43,11 +43,12 @@ from quant.machine import return_memory
 from quant.model_card import write_card
 from quant.output import refuse_overlap
 from quant.own_windows import in_turn, own_windows
-from quant.partial import kept, partial_folder
+from quant.partial import is_finished, kept, partial_folder, remove_notes
 from quant.report import LayerReport, Report
 from quant.report_page import write_page
 from quant.resume import Journal
 from quant.run_options import RunOptions
+from quant.run_state import RunState
 from quant.solvers import solver_name
 from quant.solvers.gptq_options import GPTQOptions
 from quant.sources import open_checkpoint
@@ -91,6 +92,8 @@ def quantize_checkpoint(
     with distributed.joined(), torch.inference_mode():
         distributed.check_device(run_options.device)
         run = Run(reader, llama, config, solver, run_options, windows, mask)
+        if report := distributed.from_first(lambda: _finished(run, output)):
+            return report
         with _telling_how_to_go_on(output):
             if distributed.rank() == 0:
                 report = _lead(run, output, start)
@@ -110,16 +113,37 @@ def _telling_how_to_go_on(output: Path) -> Iterator[None]:
         raise DamagedLayer(f"{error}{f'; {layers}{go_on}' if layers else ''}") from None
 
 
+def _finished(run: Run, output: Path) -> Report | None:
+    """The report of a checkpoint that lacks no more than the removal of its run's notes, which are
+    removed; None if there is none.
+    """
+    options = run.options
+    if not is_finished(output, options.resume, options.overwrite):
+        return None
+    RunState.read(output).refuse_other(output, _marks(run), options.words)
+    report = Report.read(output)
+    remove_notes(output)
+    return report
+
+
+def _marks(run: Run) -> dict[str, Any]:
+    """What a run must have in common with the one it continues."""
+    settings = {**run.config.settings(), **_solver_settings(run), **run.options.numerics()}
+    return fingerprint(run.reader, run.windows, run.mask, settings)
+
+
+def _solver_settings(run: Run) -> dict[str, Any]:
+    return {"solver": solver_name(run.solver), **vars(run.solver)}
+
+
 def _lead(run: Run, output: Path, start: float) -> Report:
     """What the first process does: of a single one, everything."""
-    options, config = run.options, run.config
-    settings = {"solver": solver_name(run.solver), **vars(run.solver)}
-    all_settings = {**config.settings(), **settings, **options.numerics()}
+    options, config, settings = run.options, run.config, _solver_settings(run)
     with partial_folder(output, options.resume, options.overwrite) as folder:
-        marks = fingerprint(run.reader, run.windows, run.mask, all_settings)
         shards = CheckpointWriter(folder)
         run.writer = FORMATS["autogptq"].Writer(folder, config, settings, shards)
-        run.journal = journal = Journal(folder, marks, options.words, shards, _all_windows(run))
+        facts = (_marks(run), options.words)
+        run.journal = journal = Journal(folder, *facts, shards, _all_windows(run))
         try:
             journal.resume()
             _add_own_windows(run)

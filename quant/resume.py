@@ -30,7 +30,7 @@ from quant import distributed
 from quant.background import background_thread
 from quant.checkpoint_writer import CheckpointWriter, Part
 from quant.durable import file_sha256, write_file
-from quant.fingerprint import difference, machine, other_words, warn_of_another_machine
+from quant.fingerprint import machine, warn_of_another_machine
 from quant.own_windows import keep_windows, kept_windows
 from quant.partial import OWN_WINDOWS, STATE
 from quant.run_state import Finished, RunState
@@ -85,12 +85,7 @@ class Journal:
                 stacklevel=1,
             )
             state.fingerprint["weights"] = self.fingerprint["weights"]
-        if changed := difference(state.fingerprint, self.fingerprint):
-            words = other_words(state.words, self.words)
-            raise ValueError(
-                f"{self.folder}: cannot be continued, {words or changed}; change it back, or pass "
-                "--overwrite to start again"
-            )
+        state.refuse_other(self.folder, self.fingerprint, self.words)
         warn_of_another_machine(self.folder, state.machine, self._machine)
         self.writer.shards, self.layers, self.hidden = state.shards, state.layers, state.hidden
         self.own_windows = state.own_windows

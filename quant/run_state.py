@@ -10,6 +10,7 @@ from typing import Any
 from quant.checkpoint import read_json
 from quant.checkpoint_writer import Part
 from quant.durable import write_file
+from quant.fingerprint import difference, other_words
 from quant.partial import STATE
 
 
@@ -74,6 +75,21 @@ class RunState:
             raise ValueError(
                 f"{file}: is not what a run writes there; pass --overwrite to start again"
             ) from None
+
+    def refuse_other(
+        self, folder: Path, fingerprint: dict[str, Any], words: dict[str, str]
+    ) -> None:
+        """Refuse to continue with another fingerprint, and say what differs: in `words` if that is
+        where it does.
+
+        Raises:
+            ValueError: it is another.
+        """
+        if changed := difference(self.fingerprint, fingerprint):
+            raise ValueError(
+                f"{folder}: cannot be continued, {other_words(self.words, words) or changed}; "
+                "change it back, or pass --overwrite to start again"
+            )
 
     def write(self, folder: Path) -> None:
         """Make the file durable."""

@@ -215,6 +215,18 @@ def test_ctrl_c_keeps_what_is_finished(make_checkpoint: Make, tmp_path: Path) ->
     assert cli(*quick(source), "--resume", cwd=tmp_path / "here").returncode == 0
 
 
+def test_a_run_killed_at_its_very_end_is_finished(make_checkpoint: Make, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    killed = "import os, quant.partial as p; p.remove_notes = lambda path: os._exit(9); import cli"
+    command = [sys.executable, "-c", f"{killed}; cli.main()", *quick(source)]
+    run = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True)
+    assert run.returncode == 9 and (tmp_path / "out" / "state.json").is_file()
+    again = cli(*quick(source), "--resume", cwd=tmp_path)
+    assert again.returncode == 0 and again.stderr == ""
+    assert again.stdout.splitlines()[-1] == "checkpoint: out, which an earlier run had finished"
+    assert not {"state.json", "lock"} & {file.name for file in (tmp_path / "out").iterdir()}
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
 def test_a_closed_pipe_is_no_error(make_checkpoint: Make, tmp_path: Path) -> None:
     command = f"'{sys.executable}' '{ROOT / 'cli.py'}' inspect '{make_checkpoint()}' | true"

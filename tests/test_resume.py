@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from calib.hidden import Storage
 from quant import QuantConfig, RunOptions, quantize_checkpoint
-from quant.partial import STATE, in_the_way
+from quant.partial import STATE, in_the_way, is_finished
 from quant.solvers.gptq_options import GPTQOptions
 
 ROOT = Path(__file__).parents[1]
@@ -136,10 +136,7 @@ def test_killed_at_random_moments(make_checkpoint: Make, tmp_path: Path, runs: R
         with contextlib.suppress(ProcessLookupError):  # it was faster
             os.kill(process, signal.SIGKILL)
         killed += runs.end()[0] == signal.SIGKILL
-        if output.exists():  # complete; killed before its own notes were removed, if at all
-            for note in (STATE, "lock"):
-                (output / note).unlink(missing_ok=True)
-        else:
+        if not output.exists() or is_finished(output):
             runs.finish(source, output, spill)
         assert_same(quiet, output)
     assert killed
@@ -177,6 +174,16 @@ def write(path, data, count=[0]):
 real, Path.write_bytes = Path.write_bytes, write
 """,
     "before the folder gets its name": "Path.rename = lambda *_: die()",
+    "after the folder gets its name": """
+import quant.partial as p
+p.remove_notes = lambda path: die()
+""",
+    "while its notes are removed": """
+def unlink(path, **options):
+    real(path, **options)
+    if path.name == "lock": die()
+real, Path.unlink = Path.unlink, unlink
+""",
     "while hidden states are removed": """
 import quant.resume as r
 def forget(self): real(self); die()
@@ -338,6 +345,28 @@ def test_another_run_is_not_continued(
     (tmp_path / "out.partial" / STATE).write_bytes(state)
     quantize_checkpoint(source, out, windows, CONFIG, run_options=again)
     assert not (tmp_path / "out.partial").exists() and STATE not in content(out)
+
+
+def test_a_finished_checkpoint_is_told(
+    make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the notes of its run are left: by the same settings alone, and at once."""
+    source, out = make_checkpoint(), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("quant.partial.remove_notes", lambda path: None)
+        report = quantize_checkpoint(source, out, windows, CONFIG)
+    before, steps = content(out), []
+    options = RunOptions(resume=True, on_step=steps.append)
+    with pytest.raises(ValueError, match="out: cannot be continued, bits was 4, now 8;"):
+        quantize_checkpoint(source, out, windows, QuantConfig(8, 64), run_options=options)
+    with pytest.raises(FileExistsError, match="out: exists already; choose another"):
+        quantize_checkpoint(source, out, windows, CONFIG)
+    assert content(out) == before and {STATE, "lock"} <= before.keys()
+    again = quantize_checkpoint(source, out, windows, CONFIG, run_options=options)
+    assert again.linears == report.linears and steps == []
+    assert content(out) == {k: v for k, v in before.items() if k not in (STATE, "lock")}
+    with pytest.raises(FileExistsError, match="out: exists already; choose another"):
+        quantize_checkpoint(source, out, windows, CONFIG, run_options=options)
 
 
 def test_another_machine_is_told(

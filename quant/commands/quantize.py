@@ -75,20 +75,19 @@ def quantize(
 ) -> None:
     """Quantize a float checkpoint, layer by layer, into a folder that GPTQ readers load."""
     words = as_given(locals())
+    from quant import publishing
     from quant.config import QuantConfig
     from quant.loader import resolve_device
     from quant.output import existing, refuse_existing, refuse_overlap
-    from quant.partial import in_the_way
+    from quant.partial import in_the_way, is_finished
     from quant.pipeline import open_float
     from quant.plan import job_of
-    from quant.publishing import check_push
-    from quant.publishing import push as push_folder
     from quant.room import fit_memory
     from quant.run_options import RunOptions
     from quant.units import parse_size
 
     if push is not None and distributed.rank() == 0:
-        check_push(push)
+        publishing.check_push(push)
     device = resolve_device(device)
     reader, llama = open_float(model)
     size = grids.usual_group_size(llama) if group_size is None else group_size
@@ -96,7 +95,7 @@ def quantize(
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
     output = output or Path(f"{_name(model)}-w{bits}-{group}")
     refuse_overlap(model, output)
-    if not plan:
+    if not plan and not distributed.from_first(lambda: is_finished(output, resume, overwrite)):
         refuse_existing(output, overwrite, folder=True)
     solver_options = _solver_options(solver, effort, act_order, damp, own_windows)
     length = seq_len or min(2048, llama.max_position_embeddings)
@@ -129,7 +128,7 @@ def quantize(
         run_options = RunOptions(*places, forecast=forecast, data=told, words=words)
         _run(model, output, windows, config, solver_options, run_options)
     if push and not plan and distributed.rank() == 0:
-        print(f"pushed: {push_folder(output, push)}")
+        print(f"pushed: {publishing.push(output, push)}")
 
 
 def _name(model: Path) -> str:
@@ -222,11 +221,12 @@ def _run(
 ) -> None:
     """Quantize with progress on stderr; then say what came out."""
     from quant.output import remember
-    from quant.partial import kept
+    from quant.partial import is_finished, kept
     from quant.pipeline import quantize_checkpoint
     from quant.progress import StepPrinter
     from quant.report_page import FILE_NAME as PAGE
 
+    finished = is_finished(output, run_options.resume, run_options.overwrite)
     try:
         with StepPrinter() as printer:
             run_options = replace(run_options, on_step=printer, on_write=printer.wrote)
@@ -234,13 +234,15 @@ def _run(
     except KeyboardInterrupt:
         if not (layers := kept(output)):
             raise
-        print(
-            f"interrupted; {layers}; continue with the same command and --resume", file=sys.stderr
-        )
+        told = f"interrupted; {layers}; continue with the same command and --resume"
+        print(told, file=sys.stderr)
         raise typer.Exit(130) from None
+    remember(output)
+    if finished:
+        print(f"checkpoint: {output}, which an earlier run had finished")
+        return
     for line in report.warnings:
         print(f"warning: {line}", file=sys.stderr)
-    remember(output)
     print(report.summary())
     print(report.against_forecast())
     print(f"report: {output / PAGE}")
