@@ -134,6 +134,7 @@ def _layer_slopes(run: Run, windows: Tensor, mask: Tensor | None) -> Slopes | No
     slopes = Slopes(run.llama, (len(windows), windows.shape[1]), storage)
     steps = backward(run.reader, run.llama, (windows, mask), slopes, run.device, lambda layer: None)
     deque(steps, maxlen=0)
+    return_memory()
     return slopes
 
 
@@ -149,6 +150,7 @@ def _output_fisher(
     found = output_covariances(layer, inputs.to(run.device), slope.to(run.device))
     for name in sorted(found):  # the same order in all processes
         distributed.sum_(found[name])
+    return_memory()
     return found
 
 

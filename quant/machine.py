@@ -38,6 +38,8 @@ def measure(folder: Path, device: str = "cpu") -> Rates:
         product(left, right)[0, 0].item()  # waits for a GPU
         count += 1
     flops = count * 2 * 1024 * 2048 * 2048 / seconds
+    del left, right
+    return_memory()
     folder = nearest_folder(folder)
     blocks = max(1, min(16, shutil.disk_usage(folder).free // (2 * _BLOCK_BYTES)))
     start = time.perf_counter()

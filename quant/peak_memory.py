@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from quant.geometry import linear_shapes, stored_bytes
 from quant.own_windows import PIECE, piece_bytes, rows_at_a_time
-from quant.slopes import LOGITS
+from quant.slopes import BATCH_TOKENS, LOGITS
 from quant.workload import Job, groups_of, kept_bytes, weights_of
 
-_BASE_BYTES = 400_000_000  # torch, the tokenizer, the calibration text
-_GPU_BASE_BYTES = 1_150_000_000  # more of this machine's memory, for the GPU's libraries
+_BASE_BYTES = 300_000_000  # Python, torch and what its products keep, the calibration text
+_ID_BYTES = 700  # of the tokenizer, for each id: 34 MB of 49,152, measured
+_GPU_BASE_BYTES = 1_250_000_000  # more of this machine's memory, for the GPU's libraries
 _CHUNKS = 1_000_000_000  # of the GPU's memory: pieces of a weight in which scales are searched
 _SQUARES = 2  # matrices of a group's width: the Hessian and its factor
 _STACKS = 1.5  # of the shape that is solved: errors, and codes twice; one more where linears join
 _GATHERED = 3072  # columns of a weight that are gathered or corrected at a time
+_PULLED = 16  # rows as wide as the MLP that a token takes on the way back through a layer, measured
 _AIMING = 4  # matrices of a group's width while a weight is aimed: H and D, H damped, its factor
 
 
@@ -40,9 +42,9 @@ def peak_bytes(job: Job) -> tuple[float, float]:
     """Memory at the widest moment, of the machine and of its GPU."""
     held = states_bytes(job) * (0 if job.storage.spill else 2 if job.beside else 1)
     checking = job.llama.vocab_size * job.llama.hidden_size * job.weight_bytes  # the mapped file
-    base, solving = _BASE_BYTES + packed_bytes(job), _solving_bytes(job)
+    base, solving = _base_bytes(job) + packed_bytes(job), _solving_bytes(job)
     if job.fisher:
-        solving = max(solving, _predicting_bytes(job))
+        solving = max(solving, _slopes_at_work_bytes(job))
     if job.device == "cpu":
         return base + max(checking, solving + held), 0
     base += _GPU_BASE_BYTES
@@ -60,15 +62,24 @@ def writing_bytes(job: Job) -> float:
     weights = weights_of(llama) * llama.num_hidden_layers
     weights += head * (1 if llama.tie_word_embeddings else 2)
     pieces = min(rows_at_a_time(llama), job.own * -(-job.seq_len // PIECE))
-    return _BASE_BYTES + weights * job.weight_bytes + 4 * head + pieces * piece_bytes(llama)
+    return _base_bytes(job) + weights * job.weight_bytes + 4 * head + pieces * piece_bytes(llama)
 
 
-def _predicting_bytes(job: Job) -> float:
-    """Where gradients begin: the head as it is read and in float32, and of some tokens the
-    logits, their softmax and what is drawn from it.
+def _base_bytes(job: Job) -> int:
+    """What a process holds before it reads a weight."""
+    return _BASE_BYTES + _ID_BYTES * job.llama.vocab_size
+
+
+def _slopes_at_work_bytes(job: Job) -> float:
+    """Of gradients: where they begin, the head as it is read and in float32, and of some tokens
+    the logits, their softmax and what is drawn from it; in a layer, what it keeps on the way there
+    and makes of that on the way back.
     """
     head = job.llama.vocab_size * job.llama.hidden_size
-    return head * (4 + job.weight_bytes) + 3 * 4 * min(LOGITS, job.seq_len) * job.llama.vocab_size
+    logits = 3 * 4 * min(LOGITS, job.seq_len) * job.llama.vocab_size
+    tokens = min(max(BATCH_TOKENS, job.seq_len), job.looked_at)
+    layer = weights_of(job.llama) + _PULLED * tokens * job.llama.intermediate_size
+    return max(head * (4 + job.weight_bytes) + logits, 4 * layer)
 
 
 def _solving_bytes(job: Job) -> float:

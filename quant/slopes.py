@@ -25,7 +25,7 @@ from quant.native.products import product
 
 _SEED = 0
 LOGITS = 256  # tokens whose logits are held at a time
-_BATCH_TOKENS = 2048  # in whole windows
+BATCH_TOKENS = 2048  # in whole windows
 
 Watched = TypeVar("Watched")
 
@@ -44,7 +44,7 @@ class Slopes:
         boundaries = llama.num_hidden_layers + 1
         with torch.inference_mode(False):
             self._buffer = Buffer((boundaries * self.windows, tokens, self.width), storage)
-        step = max(1, _BATCH_TOKENS // tokens)
+        step = max(1, BATCH_TOKENS // tokens)
         self.batches = [slice(at, at + step) for at in range(0, self.windows, step)]
 
     def read(self, boundary: int, batch: slice = slice(None)) -> Tensor:

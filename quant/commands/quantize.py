@@ -201,9 +201,12 @@ def _windows(model: Path, sources: list[str], samples: int, length: int, seed: i
     """Calibration windows (samples, length) of the model's own tokens."""
     from calib.sampling import token_windows
     from calib.sources import documents
+    from quant.machine import return_memory
     from quant.sources import open_tokenizer
 
-    return token_windows(open_tokenizer(model).encode, documents(sources), samples, length, seed)
+    windows = token_windows(open_tokenizer(model).encode, documents(sources), samples, length, seed)
+    return_memory()
+    return windows
 
 
 def _advise(windows: Any, llama: Any, python_only: bool) -> None:
