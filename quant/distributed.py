@@ -82,12 +82,17 @@ def check_device(device: str) -> None:
         return
     import torch
 
-    processes, gpus = _local("WORLD_SIZE", 1), torch.cuda.device_count()
+    processes, gpus = processes_here(), torch.cuda.device_count()
     if processes > gpus:
         raise ValueError(
             f"device cuda: {processes} processes for {gpus} GPUs here; start one for each GPU "
             "(--nproc-per-node), or use --device cpu"
         )
+
+
+def processes_here() -> int:
+    """How many of the processes that work on this model share this machine."""
+    return _local("WORLD_SIZE", 1) if world_size() > 1 else 1
 
 
 def _local(name: str, otherwise: int = 0) -> int:

@@ -5,6 +5,8 @@ Like quant.workload, for any geometry, before anything is read.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from quant.geometry import linear_shapes, stored_bytes
 from quant.own_windows import PIECE, piece_bytes, rows_at_a_time
 from quant.slopes import BATCH_TOKENS, LOGITS
@@ -27,8 +29,21 @@ def states_bytes(job: Job) -> int:
     return 2 * job.tokens * max(job.llama.hidden_size, wide) * job.storage.dtype.itemsize
 
 
+def kept_states_bytes(job: Job) -> int:
+    """Hidden states of all processes at two layer boundaries, which the first one keeps on disk."""
+    tokens = job.processes * job.tokens
+    return 2 * tokens * job.llama.hidden_size * job.storage.dtype.itemsize
+
+
+def own_windows_bytes(job: Job) -> int:
+    """What the model wrote for all processes, in int64, kept as well."""
+    return 8 * job.processes * job.own * job.seq_len
+
+
 def slopes_bytes(job: Job) -> int:
-    """Gradients at all layer boundaries, in a file unless they are on a GPU."""
+    """Gradients at all layer boundaries: on a GPU, in a file, or in the memory of a process that
+    has no folder.
+    """
     return 2 * (job.llama.num_hidden_layers + 1) * job.looked_at * job.llama.hidden_size
 
 
@@ -41,6 +56,8 @@ def packed_bytes(job: Job) -> float:
 def peak_bytes(job: Job) -> tuple[float, float]:
     """Memory at the widest moment, of the machine and of its GPU."""
     held = states_bytes(job) * (0 if job.storage.spill else 2 if job.beside else 1)
+    if job.here > 1 and job.storage == replace(job.storage, spill=None, device="cpu"):
+        held += slopes_bytes(job)  # of each but the first
     checking = job.llama.vocab_size * job.llama.hidden_size * job.weight_bytes  # the mapped file
     base, solving = _base_bytes(job) + packed_bytes(job), _solving_bytes(job)
     if job.fisher:

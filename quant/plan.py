@@ -18,7 +18,14 @@ from quant.geometry import stored_bytes
 from quant.layer_reader import plain_tensors
 from quant.llama.config import LlamaConfig
 from quant.machine import Rates
-from quant.peak_memory import peak_bytes, slopes_bytes, states_bytes, writing_bytes
+from quant.peak_memory import (
+    kept_states_bytes,
+    own_windows_bytes,
+    peak_bytes,
+    slopes_bytes,
+    states_bytes,
+    writing_bytes,
+)
 from quant.units import duration, size
 from quant.workload import Job, cost, waiting, work
 
@@ -29,7 +36,9 @@ _START_SECONDS, _LAYER_SECONDS = 1.0, 0.06  # checks and reading back; files of 
 
 @dataclass(frozen=True)
 class Plan:
-    """The forecast; sizes in bytes, work in float32 operations of the whole model."""
+    """The forecast for one process; sizes in bytes, work in float32 operations of the whole model.
+    What is spilled is that of all processes of this machine.
+    """
 
     layers: int
     tokens: int
@@ -38,17 +47,22 @@ class Plan:
     memory: int
     gpu_memory: int
     writing: int  # of either, while the model writes
-    states: int  # hidden states of two layer boundaries
+    states: int  # hidden states of two layer boundaries that are kept for --resume
+    own_windows: int  # that are kept as well
     slopes: int  # gradients, in a file
     spilled: int
     output: int
     waiting: float  # seconds
+    here: int  # processes on this machine
 
     @property
     def disk(self) -> int:
-        """Bytes at most: the output's parts and the shard they become, hidden states, gradients."""
+        """Bytes at most: the output's parts and the shard they become, hidden states, gradients,
+        windows of the model's own.
+        """
         slopes = 0 if self.spilled else self.slopes
-        return self.output + min(_SHARD_BYTES, self.output) + self.states + slopes
+        kept = self.states + self.own_windows + slopes
+        return self.output + min(_SHARD_BYTES, self.output) + kept
 
     def seconds(self, rates: Rates) -> float:
         """Time at the measured rates; the disk works while a layer is computed."""
@@ -58,7 +72,7 @@ class Plan:
     @property
     def written(self) -> float:
         """Bytes written over the run: the output twice, and the hidden states of every layer."""
-        return 2 * self.output + self.layers * self.states / 2
+        return 2 * self.output + self.layers * self.states / 2 + self.own_windows
 
     def lines(self, rates: Rates) -> list[str]:
         """The plan for the user."""
@@ -67,7 +81,7 @@ class Plan:
             f"plan: {self.layers} layers, {self.tokens} tokens",
             f"work: {work} TFLOP; about {duration(round(self.seconds(rates)))} at the "
             f"{rates.flops / 1e9:.0f} GFLOP/s and {rates.disk / 1e9:.2f} GB/s measured here",
-            f"peak memory: about {size(self.memory)}{self.of_gpu}; "
+            f"peak memory: about {size(self.memory)}{self.of_gpu}{self.of_each}; "
             f"disk: {size(self.disk)} while it runs"
             + (f" and {size(self.spilled)} spilled" if self.spilled else "")
             + f", {size(self.output)} of output",
@@ -78,6 +92,11 @@ class Plan:
         """What to do where the most memory goes to what the model writes, in words."""
         most = self.gpu_memory or self.memory
         return "; pass --own-windows 0" if most == self.writing else ""
+
+    @property
+    def of_each(self) -> str:
+        """Of how many processes on this machine what is told is, in words."""
+        return f" for each of {self.here} processes" if self.here > 1 else ""
 
     @property
     def of_gpu(self) -> str:
@@ -94,7 +113,7 @@ def make_plan(job: Job) -> Plan:
     else:
         gpu_memory = max(gpu_memory, writing)
     inside, outside = stored_bytes(job.llama, job.config, job.weight_bytes)
-    states, streams = states_bytes(job), 2 if job.beside else 1
+    streams = 2 if job.beside else 1
     slopes = 0 if job.storage.device == "cuda" else slopes_bytes(job)
     return Plan(
         layers=job.llama.num_hidden_layers,
@@ -104,11 +123,13 @@ def make_plan(job: Job) -> Plan:
         memory=int(memory),
         gpu_memory=int(gpu_memory),
         writing=int(writing),
-        states=states,
+        states=kept_states_bytes(job),
+        own_windows=own_windows_bytes(job),
         slopes=slopes,
-        spilled=streams * states + slopes if job.storage.spill else 0,
+        spilled=job.here * (streams * states_bytes(job) + slopes) if job.storage.spill else 0,
         output=int(inside + outside),
         waiting=waiting(job, inside + outside),
+        here=job.here,
     )
 
 
@@ -132,7 +153,8 @@ def job_of(
     (count, tokens), own = windows, getattr(solver, "own", 0)
     parts = [distributed.share(number, 0) for number in (count + own, own)]
     count, own = (part.stop - part.start for part in parts)
-    fisher = getattr(solver, "fisher", 0)
+    processes = distributed.world_size()
+    fisher = getattr(solver, "fisher", 0) // processes
     return Job(
         llama,
         config,
@@ -147,6 +169,8 @@ def job_of(
         fisher=fisher,
         own=own,
         device=device,
+        processes=processes,
+        here=distributed.processes_here(),
     )
 
 

@@ -61,10 +61,11 @@ def check_room(plan: Plan, output: Path, spill: Path | None) -> None:
         ValueError: says what is needed, what there is, and the option that helps.
     """
     free_memory = available_memory()
-    if free_memory is not None and plan.memory > free_memory:
+    if free_memory is not None and plan.memory > (free_memory := free_memory // plan.here):
         save = "pass --max-memory" if spill else "pass --spill DIR or --max-memory"
         raise ValueError(
             f"memory: about {size(plan.memory)} are needed and {size(free_memory)} are free"
+            + plan.of_each
             + (plan.less_writing or f"; {save}, or fewer --samples")
         )
     written = sum(file.stat().st_size for file in partial_path(output).glob("*"))

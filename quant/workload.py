@@ -60,8 +60,8 @@ _COLUMN_S, _WEIGHT_S, _BYTE_S = 11.5e-6, 3.5e-9, 4.1e-9
 class Job:
     """What is planned: a model of `weight_bytes` per weight, windows, how they are held,
     whether the float model runs beside the quantized one, the sweeps and refits of every solve, the
-    tokens whose gradients are taken, how many of the windows the model writes itself, and where
-    layers are computed.
+    tokens whose gradients are taken, how many of the windows the model writes itself, where
+    layers are computed, and how many processes do as much, in all and on this machine.
     """
 
     llama: LlamaConfig
@@ -77,6 +77,8 @@ class Job:
     fisher: int = 0
     own: int = 0
     device: str = "cpu"
+    processes: int = 1
+    here: int = 1
 
     @property
     def tokens(self) -> int:

@@ -209,8 +209,9 @@ def test_plan_counts_what_is_written(
     head = llama.vocab_size * llama.hidden_size
     assert more.flops["writing"] == 2 * (weights + head) * 5 * 64 and more.cost > one.cost
     assert one.writing == 0 and one.memory == more.memory
+    assert more.disk - one.disk == 8 * 5 * 64  # the ids
     written = 2 * (weights + 2 * head) + 4 * head + 5 * piece_bytes(llama)
-    assert more.writing == 400_000_000 + written
+    assert more.writing == 300_000_000 + 700 * llama.vocab_size + written
     job = replace(job, llama=replace(llama, num_hidden_layers=20000), own=5)
     deep = make_plan(job)
     assert deep.memory == deep.writing

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from calib.hidden import Storage
-from quant import QuantConfig
+from quant import QuantConfig, distributed
+from quant.checkpoint import llama_config
 from quant.llama.config import LlamaConfig
 from quant.machine import Rates, _room_of_group
-from quant.plan import make_plan
+from quant.plan import job_of, make_plan
 from quant.room import check_room, fit_memory, use_gpu_memory
+from quant.solvers.gptq_options import EFFORTS
+from quant.sources import open_checkpoint
 from quant.units import parse_size
 from quant.workload import Job
 
@@ -50,6 +54,40 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         spilled = replace(plan, spilled=plan.disk + 1)
         with pytest.raises(ValueError, match="/dev/shm: .* choose another --spill"):
             check_room(spilled, tmp_path / "out", elsewhere)
+
+
+def test_processes_of_one_machine_share_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(replace(SEVEN_B, processes=8, here=4))
+    monkeypatch.setattr("quant.room.available_memory", lambda: 4 * plan.memory)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("usage", "free")(plan.disk))
+    check_room(plan, tmp_path / "out", None)
+    monkeypatch.setattr("quant.room.available_memory", lambda: 4 * plan.memory - 1)
+    with pytest.raises(ValueError, match="GB are free for each of 4 processes; pass --spill"):
+        check_room(plan, tmp_path / "out", None)
+    alone = make_plan(SEVEN_B)
+    assert plan.memory == alone.memory and plan.states == 8 * alone.states  # of all, on one disk
+    spilling = replace(SEVEN_B, storage=Storage(spill=tmp_path))
+    spilled = make_plan(spilling).spilled
+    assert make_plan(replace(spilling, here=4)).spilled == 4 * spilled > 0
+    assert "for each of 4 processes; disk" in plan.lines(Rates(1e11, 1e9))[2]
+    assert "each" not in alone.lines(Rates(1e11, 1e9))[2]
+    graded = replace(SEVEN_B, beside=True, fisher=16384)  # gradients have a file in the first one
+    more = make_plan(replace(graded, here=2)).memory - make_plan(graded).memory
+    assert more == make_plan(graded).slopes > 0
+
+
+def test_a_process_plans_its_share(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = open_checkpoint(make_checkpoint())
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    job = job_of(reader, llama_config(reader), QuantConfig(4, 32), (10, 64), EFFORTS["max"])
+    assert (job.processes, job.here, job.own, job.windows) == (4, 2, 16, 19)  # of 64, of 74
+    assert job.fisher == EFFORTS["max"].fisher / 4
 
 
 def test_a_container_has_its_own_limit(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ Spill = Annotated[
 MaxMemory = Annotated[
     str | None,
     typer.Option(
-        help="Most memory to take, as 16GB: keeps less of the activations, moves them to disk "
-        "beside the output, or makes batches smaller, as far as needed.",
+        help="Most memory for each process, as 16GB: keeps less of the activations, moves them to "
+        "disk beside the output, or makes batches smaller, as far as needed.",
         rich_help_panel=RUNTIME,
     ),
 ]
