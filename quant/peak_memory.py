@@ -20,6 +20,7 @@ _SQUARES = 2  # matrices of a group's width: the Hessian and its factor
 _STACKS = 1.5  # of the shape that is solved: errors, and codes twice; one more where linears join
 _GATHERED = 3072  # columns of a weight that are gathered or corrected at a time
 _PULLED = 16  # rows as wide as the MLP that a token takes on the way back through a layer, measured
+_RETURNED = 1 << 25  # pieces of a batch below this stay with the C library when they are freed
 _AIMING = 4  # matrices of a group's width while a weight is aimed: H and D, H damped, its factor
 
 
@@ -104,7 +105,10 @@ def _solving_bytes(job: Job) -> float:
     llama, groups = job.llama, groups_of(job.llama)
     moments = []
     mlp = sum(group.rows * group.width for group in groups[2:])
-    batch = max(job.budget.batch_tokens, job.seq_len) * llama.intermediate_size * 4 * 3
+    tokens = min(max(job.budget.batch_tokens, job.seq_len), job.tokens)
+    piece = 4 * tokens * llama.intermediate_size
+    batch = 3 * piece
+    freed = batch if piece < _RETURNED and job.device == "cpu" else 0
     for index, group in enumerate(groups):
         weights = mlp if index >= 2 else weights_of(llama)  # attention has gone by then
         beside = weights_of(llama) if job.beside else 0
@@ -117,7 +121,7 @@ def _solving_bytes(job: Job) -> float:
             outputs = [rows**2 for rows, _ in linear_shapes(llama).values()]
             weights += (sum(outputs) if index < 3 else outputs[-1]) + max(outputs)
         taking = group.width**2 + batch / 4
-        moments.append(4 * (weights + beside + max(solving, taking)) + kept)
+        moments.append(4 * (weights + beside + max(solving, taking)) + kept + freed)
     if job.config.has_head:
         width, rows = llama.hidden_size, llama.vocab_size
         solving = _SQUARES * width**2 + (_STACKS + 1) * rows * width + _GATHERED * rows
