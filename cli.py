@@ -95,10 +95,13 @@ def usage_line(error: Any, words: list[str]) -> str:
     """What is wrong with the arguments, what would be right, and where to read on."""
     told = " ".join(error.format_message().split()).rstrip(".?")
     names = getattr(getattr(error, "param", None), "opts", [])
-    given = [after for word, after in pairwise([*words, ""]) if word in names]
-    given += [word.partition("=")[2] for word in words if word.partition("=")[0] in names]
-    if given and repr(given[0]) not in told:
-        told += f", not {given[0]!r}"
+    given = [
+        after if word in names else word.partition("=")[2]
+        for word, after in pairwise([*words, ""])
+        if word.partition("=")[0] in names
+    ]
+    if given and repr(given[-1]) not in told:  # the last is what counts
+        told += f", not {given[-1]!r}"
     if commands := getattr(getattr(error.ctx, "command", None), "commands", None):
         told += f"; there are {', '.join(commands)}" if "ommand" in told else ""
     place = f"{error.ctx.command_path} --help" if error.ctx else "--help"

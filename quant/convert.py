@@ -38,8 +38,8 @@ def convert(
         ValueError: `source` is quantized, damaged, or no Llama; or a token cannot be added.
         FileExistsError: `target` exists and is not to be, or cannot be, replaced.
     """
-    refuse_overlap(source, target)
     reader = open_float(source)
+    refuse_overlap(source, target)
     with whole_folder(Path(target), overwrite) as folder, torch.inference_mode():
         reader.copy_companions(folder)
         config = _with_tokens(folder, reader.config, new)

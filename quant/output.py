@@ -91,7 +91,7 @@ def existing(path: Path, overwrite: bool, folder: bool) -> str:
         above = next(parent for parent in path.absolute().parents if parent.exists())
         return "" if above.is_dir() else f"{path}: {above} is a file, no folder; choose another"
     if not overwrite:
-        return f"{path}: exists already; choose another --output or pass --overwrite"
+        return f"{path}: exists already; choose another name or pass --overwrite"
     if found := _foreign(path, folder):
         return f"{path}: {found}; --overwrite leaves it alone, choose another output"
     return ""

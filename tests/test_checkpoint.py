@@ -77,7 +77,7 @@ def test_damaged_folders_are_refused(make_checkpoint: Callable[..., Path], tmp_p
     folder = tmp_path / "absent"
     refuses("no such folder")
     folder.mkdir()
-    refuses("config.json: file is missing")
+    refuses("absent: holds no checkpoint; there would be config.json and weights")
     (folder / "config.json").write_text("{")
     refuses("not readable as JSON")
     (folder / "config.json").write_text("[]")

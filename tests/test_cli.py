@@ -141,6 +141,9 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "nothing yet": (["eval", "--ppl"], "nothing quantized yet"),
     "generate nothing": (["generate", "a"], "nothing quantized yet"),
     "inspect": (["inspect", "absent"], "absent: no such folder"),
+    "inspect nothing": (["inspect", ""], "error: .: holds no checkpoint; there would be config.js"),
+    "convert nothing": (["convert", "", "out"], "error: .: holds no checkpoint;"),
+    "convert a shard": (["convert", "short.txt", "out"], "of others give the folder"),
 }
 
 

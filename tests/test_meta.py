@@ -182,11 +182,12 @@ def test_params_that_do_not_fit_are_refused(
             reader.tensor(name)
 
 
-def test_a_missing_shard_is_named(make_checkpoint: Make, tmp_path: Path) -> None:
+def test_a_missing_file_is_named(make_checkpoint: Make, tmp_path: Path) -> None:
     meta = write_meta(make_checkpoint(), tmp_path / "meta" / "7b", 2)
-    (meta / "consolidated.00.pth").unlink()
-    with pytest.raises(ValueError, match="consolidated.00.pth: shard is missing"):
-        open_checkpoint(meta)
+    for name in ("consolidated.00.pth", "params.json"):
+        (meta / name).unlink()
+        with pytest.raises(ValueError, match=f"7b/{name}: file is missing; download it again"):
+            open_checkpoint(meta)
 
 
 def test_the_command(make_checkpoint: Make, tmp_path: Path) -> None:

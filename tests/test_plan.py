@@ -196,7 +196,7 @@ def test_plan_on_the_command_line(make_checkpoint: Make, tmp_path: Path) -> None
     assert report["forecast"].keys() == {"seconds", "peak_memory_bytes"}
     lines = run("--plan").splitlines()  # the output exists by now
     assert lines[-1] == (
-        f"note: {tmp_path / 'out'}: exists already; choose another --output or pass --overwrite"
+        f"note: {tmp_path / 'out'}: exists already; choose another name or pass --overwrite"
     )
     assert any(line.startswith("plan: ") for line in lines)
     assert "exists" not in run("--plan", "--overwrite")

@@ -17,6 +17,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "unknown option": (["quantize", "--bitz", "4"], "error: No such option: --bitz"),
     "no number": (["quantize", "--bits", "four"], "'four'"),
     "no number =": (["quantize", "--damp=a lot"], "'a lot'; see: cli.py quantize --help"),
+    "twice": (["quantize", "--damp", "0.1", "--damp=much", "--samples", "2"], "'much'; see: "),
+    "and back": (["quantize", "--damp=0.1", "--damp", "more"], "'more'; see: "),
     "out of range": (["bench", "decode", "--new-tokens", "0"], "'--new-tokens'"),
     "no value": (["eval", "--data"], "'--data' requires an argument; see: "),
     "no argument": (["generate"], "see: cli.py generate --help"),

@@ -34,8 +34,16 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
         if source.matches(path):
             return source.Reader(path)
     if path.is_file():
-        raise ValueError(f"{path}: not a checkpoint file of a kind that is known")
-    return huggingface.Reader(path)  # says what is missing
+        raise ValueError(
+            f"{path}: not a checkpoint file of a kind that is known (.gguf, llama2.c .bin); of "
+            "others give the folder"
+        )
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; give a folder with config.json and weights")
+    raise ValueError(
+        f"{path}: holds no checkpoint; there would be config.json and weights, or Meta's "
+        "params.json and consolidated.*.pth"
+    )
 
 
 def source_name(path: Path) -> str:

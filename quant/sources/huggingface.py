@@ -41,14 +41,11 @@ class Reader:
         config: `config.json` as a dict.
 
     Raises:
-        ValueError: no such folder, no usable config.json, no weights, or a shard that is missing or
-            damaged.
+        ValueError: no usable config.json, no weights, or a shard that is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise ValueError(f"{path}: no such folder; give a folder with config.json and weights")
         self.config = read_json(self.path / "config.json")
         self._files: dict[Path, Any] = {}
         self._places = self._locate()

@@ -48,8 +48,8 @@ _CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
 
 
 def matches(path: Path) -> bool:
-    """Whether there is a folder with params.json and consolidated.*.pth."""
-    return (path / "params.json").is_file() and any(path.glob("consolidated.*.pth"))
+    """Whether there is a folder with consolidated.*.pth."""
+    return any(path.glob("consolidated.*.pth"))
 
 
 class Reader(TranslatedReader):
@@ -63,9 +63,9 @@ class Reader(TranslatedReader):
         self.path = path
         self._paths = sorted(path.glob("consolidated.*.pth"))
         expected = [f"consolidated.{number:02d}.pth" for number in range(len(self._paths))]
-        missing = sorted(set(expected) - {file.name for file in self._paths})
-        if missing:
-            raise ValueError(f"{path / missing[0]}: shard is missing; download it again")
+        needed = [path / name for name in ("params.json", *expected)]
+        if missing := [file for file in needed if not file.is_file()]:
+            raise ValueError(f"{missing[0]}: file is missing; download it again")
         self._shards: list[dict[str, Tensor]] = []
         self._meta_names = self._translate()
         self.config = self._read_params()
