@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _SHORT = 32  # tokens of a window
+_FEW_IDS = 32  # different ones; a page of any text has more
 
 
 def token_windows(
@@ -76,7 +77,12 @@ def advice(windows: Tensor, widest: int, positions: int, python_only: bool) -> s
         positions: for how many tokens the model was made, max_position_embeddings.
         python_only: the text is Python code; docs/accuracy.md has what that costs on prose.
     """
-    length, tokens = windows.shape[1], windows.numel()
+    length, tokens, different = windows.shape[1], windows.numel(), len(windows.unique())
+    if different < _FEW_IDS:
+        return (
+            f"the calibration text is {tokens} tokens of {different} different ids, which show few "
+            "of the inputs that a linear gets; pass --calib with text like that the model is for"
+        )
     if length < _SHORT:
         return f"windows of {length} tokens hold little context; use a --seq-len of 512 or more"
     if length > positions:

@@ -215,7 +215,8 @@ def test_windows_are_a_tensor_of_ids(windows: object) -> None:
 
 def test_one_line_of_advice_for_a_poor_choice() -> None:
     def told(windows: int, length: int, python_only: bool = False) -> str:
-        return advice(torch.zeros(windows, length, dtype=torch.long), 1536, 4096, python_only)
+        ids = (torch.arange(windows * length) % 32).view(windows, length)
+        return advice(ids, 1536, 4096, python_only)
 
     assert told(32, 512) == ""
     assert "windows of 2 tokens hold little context" in told(100_000, 2)
@@ -223,3 +224,6 @@ def test_one_line_of_advice_for_a_poor_choice() -> None:
     assert "accuracy on prose" in told(32, 512, True)
     assert told(32, 4096) == "" and "longer than the 4096 the model was made for" in told(9, 4097)
     assert "1024 calibration tokens" in told(2, 512, True)  # one line, the worst first
+    for ids, count in ((torch.full((4, 8), 7), 1), (torch.arange(992).view(31, 32) % 31, 31)):
+        line = advice(ids, 1536, 4096, python_only=True)
+        assert line.startswith(f"the calibration text is {ids.numel()} tokens of {count} different")
