@@ -13,7 +13,7 @@ from calib.hidden import Storage
 from quant import QuantConfig, distributed
 from quant.checkpoint import llama_config
 from quant.llama.config import LlamaConfig
-from quant.machine import Rates, _room_of_group
+from quant.machine import Rates, _room_of_group, available_memory
 from quant.plan import job_of, make_plan
 from quant.room import check_room, fit_memory, use_gpu_memory
 from quant.solvers.gptq_options import EFFORTS
@@ -90,7 +90,9 @@ def test_a_process_plans_its_share(
     assert job.fisher == EFFORTS["max"].fisher / 4
 
 
-def test_a_container_has_its_own_limit(tmp_path: Path) -> None:
+def test_a_container_has_its_own_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     group, own = tmp_path / "one", tmp_path / "own"
     group.mkdir()
     own.write_text("0::/one\n")
@@ -101,6 +103,8 @@ def test_a_container_has_its_own_limit(tmp_path: Path) -> None:
     assert _room_of_group(tmp_path, str(own)) is None
     (group / "memory.max").write_text("1000\n")
     assert _room_of_group(tmp_path, str(own)) == 350
+    monkeypatch.setattr("quant.machine._room_of_group", lambda: 350)
+    assert available_memory() in (350, None)  # None where the system does not tell
 
 
 def test_a_gpu_has_its_own_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
