@@ -18,7 +18,7 @@ from quant import distributed
 from quant.config import QuantConfig
 from quant.grid import Grid, QuantizedTensor
 from quant.solvers import solve
-from quant.solvers.loss import Solution, output_energy
+from quant.solvers.loss import Solution, lost_share, output_energy
 from quant.solvers.rtn import RTNOptions
 from quant.solvers.target import towards_float
 
@@ -92,7 +92,7 @@ def _one_by_one(weights: list[Tensor], whole: Solution, judged: Tensor) -> Itera
         rows = slice(start, start + len(weight))
         start = rows.stop
         energy, *lost = judged[rows].sum(0).tolist()
-        error, rtn_error, *towards_aim = (loss / (energy or 1.0) for loss in lost)
+        error, rtn_error, *towards_aim = (lost_share(loss, energy) for loss in lost)
         tensor, damp, notes = whole.tensor.rows(rows), whole.damp, whole.notes
         yield Solved(tensor, error, rtn_error, damp, notes, tuple(towards_aim))
 

@@ -53,6 +53,13 @@ def output_energy(rows: Tensor, hessian: Tensor) -> Tensor:
     return 2 * torch.cat(list(parts))
 
 
+def lost_share(lost: float, energy: float) -> float:
+    """What is lost of an energy, both sums of `output_energy`; the loss itself where there is no
+    energy. Nothing lost may come out below zero, as a difference of float32 sums; it counts as 0.
+    """
+    return max(lost, 0.0) / (energy if energy > 0 else 1.0)
+
+
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """tr(E H E^T) / tr(W H W^T) with E = W - Q: the share of the output's energy that is lost.
 
@@ -60,5 +67,7 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
         weight, quantized: (out, in) float32.
         hessian: (in, in) float32.
     """
-    energy = output_energy(weight, hessian).sum().item()
-    return output_energy(weight - quantized, hessian).sum().item() / energy if energy > 0 else 0.0
+    lost, energy = (
+        output_energy(rows, hessian).sum().item() for rows in (weight - quantized, weight)
+    )
+    return lost_share(lost, energy)
