@@ -20,6 +20,7 @@ from calib.hidden import Buffer, Storage
 from quant.checkpoint import CheckpointReader
 from quant.layer_reader import EMBEDDING, LINEARS, LayerReader, build_layer, read_end
 from quant.llama.config import LlamaConfig
+from quant.llama.generate import drawn
 from quant.llama.model import DecoderLayer
 from quant.native.products import product
 
@@ -157,8 +158,8 @@ def _start_back(
         slope = torch.empty_like(normed[0])
         for rows in (slice(i, i + LOGITS) for i in range(0, len(slope), LOGITS)):
             p = torch.softmax(product(normed.detach()[0, rows], head.T), -1)
-            drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(device)
-            p.scatter_add_(1, drawn, -torch.ones_like(p[:, :1]))
+            ids = drawn(p, torch.rand(len(p), 1, generator=generator))
+            p.scatter_add_(1, ids, -torch.ones_like(p[:, :1]))
             if mask is not None:
                 p *= mask[window, rows, None].to(device)
             slope[rows] = product(p, head)

@@ -68,8 +68,9 @@ def literal(folder: Path, windows: Tensor, grid: QuantConfig) -> dict[str, float
         module.register_forward_hook(keep(f"model.{name}"))
     log_p = model(windows).logits.log_softmax(-1)
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.multinomial(p.float().exp(), 1, generator=generator) for p in log_p.detach()]
-    log_p.gather(2, torch.stack(drawn)).sum().backward()
+    numbers = torch.rand(*log_p.shape[:2], 1, generator=generator)
+    drawn = (log_p.detach().exp().cumsum(-1) <= numbers).sum(-1, keepdim=True)
+    log_p.gather(2, drawn).sum().backward()
     losses = {}
     for name, (x, output) in seen.items():
         weight = linears[name.removeprefix("model.")].weight.detach()

@@ -10,7 +10,7 @@ import torch
 
 from quant.llama.cache import KVCache
 from quant.llama.config import LlamaConfig
-from quant.llama.generate import Sampling, generate, sample
+from quant.llama.generate import Sampling, drawn, generate, sample
 from quant.llama.model import Llama
 
 BASE = {
@@ -152,3 +152,14 @@ def test_top_p_keeps_the_smallest_set() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = {sample(logits, Sampling(1.0, 0.6), generator) for _ in range(200)}
     assert drawn == {0, 1}
+
+
+def test_ids_are_drawn_by_their_shares() -> None:
+    """The ends of each share, and the last id where rounding leaves a little above all shares."""
+    probabilities = torch.tensor([[0.25, 0.5, 0, 0.25]]).repeat(6, 1)
+    numbers = torch.tensor([0, 0.2499, 0.25, 0.7499, 0.75, 0.9999])[:, None]
+    assert drawn(probabilities, numbers).flatten().tolist() == [0, 0, 1, 1, 3, 3]
+    many = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0))
+    counts = drawn(probabilities[:1].expand(20_000, 4), many).flatten().bincount(minlength=4)
+    assert (counts / 20_000 - probabilities[0]).abs().max() < 0.02 and counts[2] == 0
+    assert drawn(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0]])).item() == 1

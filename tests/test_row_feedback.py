@@ -21,6 +21,7 @@ from quant.formats import autogptq
 from quant.geometry import linear_shapes
 from quant.grid import Grid, QuantizedTensor
 from quant.group_solver import _among
+from quant.llama import generate
 from quant.llama.model import LINEAR_GROUPS
 from quant.plan import make_plan
 from quant.slopes import Slopes, backward, output_covariances
@@ -122,9 +123,12 @@ def test_outputs_without_gradients_are_told() -> None:
 
 
 def through_transformers(
-    folder: Path, windows: Tensor, mask: Tensor
+    folder: Path, windows: Tensor, mask: Tensor, drawn: Tensor | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Inputs of layers and linears, and the gradients to their outputs, by name in float64."""
+    """Inputs of layers and linears, and the gradients to their outputs, by name in float64.
+
+    `drawn` (windows, tokens, 1): ids drawn from the predictions, if not the first of the seed.
+    """
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -140,9 +144,11 @@ def through_transformers(
         if name.endswith("_proj") or name.removeprefix("model.layers.").isdigit():
             module.register_forward_hook(keep(name))
     log_p = model(windows).logits.log_softmax(-1)
-    generator = torch.Generator().manual_seed(0)
-    drawn = [torch.multinomial(p.float().exp(), 1, generator=generator) for p in log_p.detach()]
-    (-log_p.gather(2, torch.stack(drawn))[..., 0] * mask).sum().backward()
+    if drawn is None:
+        generator = torch.Generator().manual_seed(0)
+        numbers = torch.rand(*log_p.shape[:2], 1, generator=generator)
+        drawn = (log_p.detach().exp().cumsum(-1) <= numbers).sum(-1, keepdim=True)
+    (-log_p.gather(2, drawn)[..., 0] * mask).sum().backward()
     return inputs, {name: output.grad for name, output in outputs.items()}
 
 
@@ -172,16 +178,24 @@ def test_gradients_are_those_of_transformers(
 
 
 def test_the_pipeline_takes_the_gradients_of_each_layer(
-    make_checkpoint: Make, windows: Tensor
+    make_checkpoint: Make, windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tr G E H E^T of the first layer's q, with G and H by transformers, is what the solver reaches
-    given these: codes differ, since bfloat16 decides some ties and others follow.
+    given these and the same draws: codes differ, since bfloat16 decides some ties and others
+    follow.
     """
-    folder, config = make_checkpoint(), QuantConfig(4, 32)
+    folder, config, ids = make_checkpoint(), QuantConfig(4, 32), []
+
+    def drawn(*given: Tensor) -> Tensor:
+        ids.append(generate.drawn(*given))
+        return ids[-1]
+
+    monkeypatch.setattr("quant.slopes.drawn", drawn)
     out, options = folder.parent / "out", GPTQOptions(fisher=3 * windows.shape[1] + 1)
     quantize_checkpoint(folder, out, windows, config, options)
     name = "model.layers.0.self_attn.q_proj"
-    _, slopes = through_transformers(folder, windows[:3], torch.ones(3, windows.shape[1]))
+    mask = torch.ones(3, windows.shape[1])
+    _, slopes = through_transformers(folder, windows[:3], mask, torch.stack(ids))
     inputs, _ = through_transformers(folder, windows, torch.ones(windows.shape))
     g, x = slopes[name].flatten(0, 1), inputs[name].flatten(0, 1)
     G, H = g.T @ g, x.T @ x

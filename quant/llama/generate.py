@@ -137,3 +137,20 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     before = probabilities.cumsum(-1) - probabilities
     probabilities[before >= sampling.top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def drawn(probabilities: Tensor, numbers: Tensor) -> Tensor:
+    """One id for each row: the one whose share of [0, 1), by its probability and in the order of
+    ids, holds the row's number. Many times faster than torch.multinomial on the CPU, which draws a
+    number for every id.
+
+    Args:
+        probabilities: (rows, vocab).
+        numbers: (rows, 1) in [0, 1).
+
+    Returns:
+        (rows, 1) int64.
+    """
+    upto = probabilities.cumsum(-1)
+    ids = torch.searchsorted(upto, numbers.to(upto.device) * upto[:, -1:], right=True)
+    return ids.clamp_(max=upto.shape[1] - 1)
