@@ -39,9 +39,12 @@ pytestmark = [
 ]
 CONFIG = QuantConfig(4, 64)
 Make = Callable[..., Path]
-# By how much losses may differ, of a run the mean of its linears' and each, and how many codes. Two
-# instruction sets of one CPU: 0.03 % and 1.1 %, and 9 % of the codes.
-LOSS, MEAN_LOSS, EACH_LOSS, CODES = 0.01, 0.005, 0.03, 0.15
+# By how much losses may differ, of a run the mean of its linears' and each; by effort, the
+# perplexity and how many codes. Two instruction sets of one CPU: 0.03 % and 1.1 %, and 9 % of the
+# codes. With "max" the model's own windows differ from where a draw falls between two ids.
+LOSS, MEAN_LOSS, EACH_LOSS = 0.01, 0.005, 0.03
+PERPLEXITY = {"fast": 0.005, "balanced": 0.005, "max": 0.03}
+CODES = {"fast": 0.15, "balanced": 0.15, "max": 0.25}
 
 
 def codes(folder: Path) -> dict[str, QuantizedTensor]:
@@ -96,9 +99,9 @@ def test_quantizing_equals_that_of_the_cpu(
         f"{effort}: {share:.2%} of codes, {means[1] / means[0] - 1:.3%} of the mean loss,", end=" "
     )
     print(f"{each:.2%} of one; {perplexities[1] / perplexities[0] - 1:.3%} of the perplexity")
-    assert share < CODES
+    assert share < CODES[effort]
     assert means[1] == pytest.approx(means[0], rel=MEAN_LOSS)
-    assert perplexities[1] == pytest.approx(perplexities[0], rel=MEAN_LOSS)
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=PERPLEXITY[effort])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -170,13 +173,15 @@ def test_a_run_that_stops_goes_on_to_the_same_bytes(
 
 
 def test_nothing_stays_in_its_memory(bundled_text: torch.Tensor, tmp_path: Path) -> None:
-    kept = []
+    """Of a run but its recorded steps, and of a second one nothing."""
+    columns._recorded.cache_clear()
+    before, kept = torch.cuda.memory_allocated(), []
     for name in ("first", "second"):
         storage = Storage(device=GPU)
         options = CONFIG, EFFORTS["balanced"], RunOptions(GPU, storage=storage)
         report = quantize_checkpoint(BUNDLED, tmp_path / name, bundled_text, *options)
         kept.append(torch.cuda.memory_allocated())
-    assert kept[1] == kept[0] and kept[0] < 100e6
+    assert kept[1] == kept[0] and kept[0] - before < 100e6
     assert report.peak_gpu_memory_bytes and report.peak_gpu_memory_bytes > 0
 
 
