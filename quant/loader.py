@@ -20,6 +20,7 @@ from quant.kernels import choose
 from quant.linear import QuantLinear
 from quant.llama.model import LINEAR_GROUPS, MERGED_NAMES, Linear, Llama
 from quant.llama.tokenizer import Tokenizer
+from quant.rounded import rounded_entries
 from quant.sources import open_checkpoint, open_tokenizer
 
 _DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -71,8 +72,14 @@ def load_model(
     dtype: str = "auto",
     backend: str | None = None,
     precision: str = "high",
+    bits: int | None = None,
 ) -> Llama:
-    """Load a float or quantized checkpoint; arguments and errors as in `load_quantized`."""
+    """Load a float or quantized checkpoint; arguments and errors as in `load_quantized`.
+
+    Args:
+        bits: round the linears of a float checkpoint, the head too, to so many bits in memory, to
+            the nearest code, with a scale for every 32 inputs where that divides them.
+    """
     place = torch.device(resolve_device(device))
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported; there are {', '.join(_DTYPES)}")
@@ -82,9 +89,12 @@ def load_model(
         model = Llama(config)
     linears = _QuantLinears(model, choose(place, backend), place, precision)
     form = next((form for form in FORMATS.values() if form.matches(reader)), None)
-    entries = (
-        form.read(reader) if form else ((name, reader.tensor(name)) for name in reader.names())
-    )
+    if form:
+        entries = form.read(reader)
+    elif bits:
+        entries = rounded_entries(reader, bits, config.tie_word_embeddings)
+    else:
+        entries = ((name, reader.tensor(name)) for name in reader.names())
     for name, value in entries:
         if isinstance(value, QuantizedTensor):
             linears.add(name, value)
@@ -92,7 +102,7 @@ def load_model(
             stored = None if dtype == "auto" else getattr(torch, dtype)
             _put_plain(model, name, value, place, stored)
     linears.attach()
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and isinstance(model.lm_head, Linear):
         model.tie()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:

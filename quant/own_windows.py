@@ -16,15 +16,19 @@ from torch import Tensor
 
 from quant.checkpoint_writer import Part
 from quant.durable import write_file
+from quant.kernels import choose
 from quant.llama.cache import KVCache
 from quant.llama.config import LlamaConfig
+from quant.llama.generate import drawn
 from quant.llama.model import Llama, compute_dtype
 from quant.partial import OWN_WINDOWS
 
 PIECE = 256  # tokens at most; windows are made of several, so that keys and values stay small
 PROMPT = 32  # tokens of the text that each piece continues
-_MOST_ROWS, _FEWEST_ROWS = 32, 16  # pieces written at a time: fewer than the most where their
-_KEPT_BYTES = 2 << 30  # keys and values would take more than this
+# Pieces written at a time: a GPU takes as long for few; fewer than the most where their keys and
+# values would take more than _KEPT_BYTES
+_MOST_ROWS, _FEWEST_ROWS = {"cpu": 32, "cuda": 256}, 16
+_KEPT_BYTES = 2 << 30
 _SEED = 0
 
 
@@ -61,7 +65,7 @@ def own_windows(
     rows = torch.arange(len(prompts)).view(count, pieces)[part].flatten()
     prompts, draws, done = prompts[rows], draws[rows], 0
     written = torch.empty(len(rows), size, dtype=torch.int64)
-    step = rows_at_a_time(model.config)
+    step = rows_at_a_time(model.config, model.model.embed_tokens.weight.device.type)
     for some in (slice(at, at + step) for at in range(0, len(rows), step)):
         for ids in _continued(model, prompts[some], draws[some]):
             done += len(ids)
@@ -75,9 +79,16 @@ def piece_bytes(llama: LlamaConfig) -> int:
     return 2 * 4 * llama.num_hidden_layers * llama.num_key_value_heads * llama.head_dim * PIECE
 
 
-def rows_at_a_time(llama: LlamaConfig) -> int:
-    """Pieces that are written together."""
-    return max(_FEWEST_ROWS, min(_MOST_ROWS, _KEPT_BYTES // piece_bytes(llama)))
+def rows_at_a_time(llama: LlamaConfig, device: str) -> int:
+    """Pieces that are written together on a device, "cpu" or "cuda"."""
+    return max(_FEWEST_ROWS, min(_MOST_ROWS[device], _KEPT_BYTES // piece_bytes(llama)))
+
+
+def bits_in_memory(device: str) -> int | None:
+    """Bits of the linears while they write: with our kernel 8 take less time and memory than what
+    is stored, and predict the same; None leaves them as they are stored.
+    """
+    return 8 if choose(device) == "cpu" else None
 
 
 def _prompts(windows: Tensor, count: int, length: int) -> Tensor:
@@ -91,24 +102,21 @@ def _continued(model: Llama, ids: Tensor, draws: Tensor) -> Iterator[Tensor]:
     """Rows (pieces, tokens) of ids, longer by a token each time.
 
     Args:
-        draws: (pieces, tokens to come) numbers in [0, 1). A token is the id whose share of that
-            range, by its probability and in the order of ids, holds the number.
+        draws: (pieces, tokens to come) numbers in [0, 1), which `drawn` takes.
     """
     embedding = model.model.embed_tokens.weight
     size = ids.shape[1] + draws.shape[1]
     cache = KVCache(model.config, len(ids), size, embedding.device, compute_dtype(embedding))
-    new = ids
+    new = ids.to(embedding.device)
     for draw in draws.split(1, dim=1):
-        logits = model(new.to(embedding.device), cache)[:, -1].float().cpu()
+        logits = model(new, cache)[:, -1].float()
         if not torch.isfinite(logits).all():
             raise ValueError(
                 "own windows: the model's logits are not finite; its checkpoint is damaged, or it "
                 "overflows"
             )
-        upto = torch.softmax(logits, -1).cumsum(-1)
-        new = torch.searchsorted(upto, draw * upto[:, -1:], right=True)
-        new.clamp_(max=upto.shape[1] - 1)
-        ids = torch.cat([ids, new], 1)
+        new = drawn(torch.softmax(logits, -1), draw)
+        ids = torch.cat([ids, new.cpu()], 1)
         yield ids
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from quant.geometry import linear_shapes, stored_bytes
-from quant.own_windows import PIECE, piece_bytes, rows_at_a_time
+from quant.own_windows import PIECE, bits_in_memory, piece_bytes, rows_at_a_time
 from quant.slopes import BATCH_TOKENS, LOGITS
 from quant.workload import Job, groups_of, kept_bytes, weights_of
 
@@ -21,6 +21,7 @@ _STACKS = 1.5  # of the shape that is solved: errors, and codes twice; one more 
 _GATHERED = 3072  # columns of a weight that are gathered or corrected at a time
 _PULLED = 16  # rows as wide as the MLP that a token takes on the way back through a layer, measured
 _RETURNED = 1 << 25  # pieces of a batch below this stay with the C library when they are freed
+_ROUNDED_BYTES = 1 + 2 / 32  # a weight of 8 bits, with its share of a scale
 _AIMING = 4  # matrices of a group's width while a weight is aimed: H and D, H damped, its factor
 
 
@@ -73,14 +74,20 @@ def peak_bytes(job: Job) -> tuple[float, float]:
 
 
 def writing_bytes(job: Job) -> float:
-    """Where the model writes: it as it is stored, its head in float32, and keys and values."""
+    """Where the model writes: it as it is stored, with its head in float32, or with linears of 8
+    bits; and keys and values.
+    """
     if not job.own:
         return 0
     llama, head = job.llama, job.llama.vocab_size * job.llama.hidden_size
-    weights = weights_of(llama) * llama.num_hidden_layers
-    weights += head * (1 if llama.tie_word_embeddings else 2)
-    pieces = min(rows_at_a_time(llama), job.own * -(-job.seq_len // PIECE))
-    return _base_bytes(job) + weights * job.weight_bytes + 4 * head + pieces * piece_bytes(llama)
+    linears = weights_of(llama) * llama.num_hidden_layers
+    if bits_in_memory(job.device):
+        model = head * job.weight_bytes + _ROUNDED_BYTES * (linears + head)
+    else:
+        stored = linears + head * (1 if llama.tie_word_embeddings else 2)
+        model = stored * job.weight_bytes + 4 * head
+    pieces = min(rows_at_a_time(llama, job.device), job.own * -(-job.seq_len // PIECE))
+    return _base_bytes(job) + model + pieces * piece_bytes(llama)
 
 
 def _base_bytes(job: Job) -> int:

@@ -42,7 +42,7 @@ from quant.loader import load_model
 from quant.machine import return_memory
 from quant.model_card import write_card
 from quant.output import refuse_overlap
-from quant.own_windows import in_turn, own_windows
+from quant.own_windows import bits_in_memory, in_turn, own_windows
 from quant.partial import is_finished, kept, partial_folder, remove_notes
 from quant.report import LayerReport, Report
 from quant.report_page import write_page
@@ -188,7 +188,8 @@ def _add_own_windows(run: Run) -> None:
         return
     found = distributed.from_first(lambda: run.journal.kept_windows(tokens))
     if found is None:
-        model = load_model(run.reader.path, run.options.device)
+        device = run.options.device
+        model = load_model(run.reader.path, device, bits=bits_in_memory(device))
         mine = distributed.share(count)
         written = own_windows(model, run.windows, count, mine, run.options.on_write)
         del model

@@ -43,7 +43,7 @@ COSTS = {
     "Cholesky": 1.3,
     "solve": 1.3,
     "gradients": 1.5,
-    "writing": 5.0,
+    "writing": 2.0,
 }
 # Operations in the time of
 _ELEMENT_COST = 600  # one activation through norms and SiLU
@@ -184,13 +184,21 @@ def cost(job: Job) -> float:
 
 def pieces(job: Job) -> int:
     """How many times rows of a layer are solved that wait for others."""
-    return sum(-(-rows // rows_at_a_time(rows)) for rows, _ in linear_shapes(job.llama).values())
+    return sum(_pieces_of(rows) for rows, _ in linear_shapes(job.llama).values())
+
+
+def _pieces_of(rows: int) -> int:
+    """How many times rows of a linear are solved that wait for others."""
+    return -(-rows // rows_at_a_time(rows))
 
 
 def waiting(job: Job, output: float) -> float:
     """Seconds in which a GPU computes nothing large; `output` is the bytes of the checkpoint."""
-    columns = sum(group.width for group in groups_of(job.llama)) * (1 + job.sweeps)
-    layer = columns * _COLUMN_S + weights_of(job.llama) * _WEIGHT_S
+    columns = sum(group.width for group in groups_of(job.llama))
+    if job.fisher:
+        shapes = linear_shapes(job.llama).values()
+        columns = sum(width * _pieces_of(rows) for rows, width in shapes)
+    layer = columns * (1 + job.sweeps) * _COLUMN_S + weights_of(job.llama) * _WEIGHT_S
     return layer * job.llama.num_hidden_layers + output * _BYTE_S if job.device != "cpu" else 0.0
 
 

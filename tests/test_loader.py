@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quant import QuantConfig, RTNOptions, load_quantized, quantize_checkpoint
+from quant import QuantConfig, RTNOptions, load_model, load_quantized, quantize_checkpoint
 from quant.kernels import BACKENDS, PRECISIONS
 from quant.linear import QuantLinear
 
@@ -87,3 +88,27 @@ def test_precisions_reach_the_kernel(
         assert 1e-3 * scale < (fast - exact).abs().mean() < 1e-1 * scale
     with pytest.raises(ValueError, match="precision 'best' is unknown; there are exact, high"):
         load_quantized(folder, "cpu", precision="best")
+
+
+@pytest.mark.parametrize("geometry", [{}, {"tie_word_embeddings": True}, {"hidden_size": 112}])
+def test_float_linears_are_rounded(
+    geometry: dict[str, Any], make_checkpoint: Make, windows: Tensor
+) -> None:
+    """Of 32 inputs the largest is a whole number of scales, and none is off by more than half of
+    one: 1 / 254 of the largest; the head too, also where it is the embedding, which stays. Without
+    groups where 32 does not divide the inputs, in q, k, v, gate, up and the head.
+    """
+    folder, size = make_checkpoint(**geometry), 32 if "hidden_size" not in geometry else -1
+    model, plain = load_model(folder, "cpu", bits=8), load_model(folder, "cpu")
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert len(linears) == 9 and isinstance(model.lm_head, QuantLinear)
+    assert torch.equal(model.model.embed_tokens.weight, plain.model.embed_tokens.weight)
+    head = plain.lm_head.weight.float()
+    model.lm_head.precision = "exact"
+    rounded = model.lm_head(torch.eye(head.shape[1])).T
+    largest = head.unflatten(1, (-1, 32 if size == 32 else head.shape[1])).abs().amax(-1, True)
+    off = (rounded - head).abs().view(*largest.shape[:2], -1)
+    assert (off <= largest * (1 / 254 + 1e-3)).all() and off.max() > 0
+    expected = plain(windows)
+    off = (model(windows) - expected).abs()  # by nine linears in a row
+    assert off.mean() < 0.03 * expected.abs().mean()

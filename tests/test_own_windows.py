@@ -39,7 +39,7 @@ def test_windows_are_continued_token_by_token(
     drawn. Pieces of 20, each with 10 tokens of the text.
     """
     monkeypatch.setattr(module, "PIECE", 20)
-    monkeypatch.setattr(module, "rows_at_a_time", lambda llama: 3)
+    monkeypatch.setattr(module, "rows_at_a_time", lambda *given: 3)
     folder, text, said = make_checkpoint(), windows[:4, :40], []
     model = load_model(folder, "cpu")
     found = own_windows(model, text, 4, wrote=lambda *numbers: said.append(numbers))
@@ -70,7 +70,8 @@ def test_long_windows_are_made_of_pieces(make_checkpoint: Make, windows: Tensor)
 @pytest.mark.parametrize(("kv_heads", "rows"), [(2, 32), (1300, 25), (1 << 14, 16)])
 def test_fewer_are_written_at_a_time_where_their_keys_take_much(kv_heads: int, rows: int) -> None:
     llama = LlamaConfig(64, 32, 48, 4, 4, kv_heads, 8)
-    assert rows_at_a_time(llama) == rows
+    assert rows_at_a_time(llama, "cpu") == rows
+    assert rows_at_a_time(llama, "cuda") == (256 if kv_heads == 2 else rows)
 
 
 def test_damaged_models_are_told(make_checkpoint: Make, windows: Tensor) -> None:
@@ -108,7 +109,7 @@ def test_a_run_keeps_them(make_checkpoint: Make, windows: Tensor, tmp_path: Path
         assert sum(written[-1:]) == again
         assert_same(tmp_path / "quiet", tmp_path / "out")
     plain = tmp_path / "plain"
-    own = own_windows(load_model(source, "cpu"), windows, 3)
+    own = own_windows(load_model(source, "cpu", bits=8), windows, 3)
     more = torch.stack([windows[:3], own], 1).flatten(0, 1)
     more, padding = torch.cat([more, windows[3:]]), torch.ones_like(own)
     mask = torch.cat([mask[:1], padding[:1], mask[1:2], padding[1:], mask[2:]])
@@ -201,7 +202,9 @@ def test_the_command_adds_them(tmp_path: Path) -> None:
 def test_plan_counts_what_is_written(
     make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two operations a weight, and the model in memory with its keys and values."""
+    """Two operations a weight, and the model in memory, with 8 bits for a kernel of ours or as it
+    is stored, and its keys and values.
+    """
     llama = llama_config(open_checkpoint(make_checkpoint()))
     job = Job(llama, QuantConfig(4, 32), 8, 64, 2)
     one, more = make_plan(job), make_plan(replace(job, own=5))
@@ -210,8 +213,13 @@ def test_plan_counts_what_is_written(
     assert more.flops["writing"] == 2 * (weights + head) * 5 * 64 and more.cost > one.cost
     assert one.writing == 0 and one.memory == more.memory
     assert more.disk - one.disk == 8 * 5 * 64  # the ids
-    written = 2 * (weights + 2 * head) + 4 * head + 5 * piece_bytes(llama)
-    assert more.writing == 300_000_000 + 700 * llama.vocab_size + written
+    kept = 300_000_000 + 700 * llama.vocab_size + 5 * piece_bytes(llama)
+    for bits, model in (
+        (8, 2 * head + (weights + head) * 34 / 32),
+        (None, 2 * (weights + 2 * head) + 4 * head),
+    ):
+        monkeypatch.setattr("quant.peak_memory.bits_in_memory", lambda device, bits=bits: bits)
+        assert make_plan(replace(job, own=5)).writing == int(kept + model)
     job = replace(job, llama=replace(llama, num_hidden_layers=20000), own=5)
     deep = make_plan(job)
     assert deep.memory == deep.writing
