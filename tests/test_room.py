@@ -90,9 +90,7 @@ def test_a_process_plans_its_share(
     assert job.fisher == EFFORTS["max"].fisher / 4
 
 
-def test_a_container_has_its_own_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_container_has_its_own_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group, own = tmp_path / "one", tmp_path / "own"
     group.mkdir()
     own.write_text("0::/one\n")
