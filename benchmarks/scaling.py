@@ -18,10 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from random_model import write_model
 
 DOCS = Path(__file__).parents[1] / "docs"
-HIDDEN, FFN, HEADS, VOCAB, SEQ_LEN = 256, 704, 4, 2048, 256
+SEQ_LEN = 256
+GEOMETRY = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 2048,
+}
 WINDOWS, LAYERS = (16, 32, 48, 64, 80), (2, 4, 6, 8, 10)
 FIXED_WINDOWS, FIXED_LAYERS = 16, 4
 RUN = """
@@ -54,7 +61,7 @@ def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for layers in {*LAYERS, FIXED_LAYERS}:
-            write_model(folder / f"{layers}", layers)
+            write_model(folder / f"{layers}", {**GEOMETRY, "num_hidden_layers": layers})
         tokens = [[n * SEQ_LEN, *run(folder, FIXED_LAYERS, n)] for n in WINDOWS]
         return {"tokens": tokens, "layers": [[n, *run(folder, n, FIXED_WINDOWS)] for n in LAYERS]}
 
@@ -67,46 +74,6 @@ def run(folder: Path, layers: int, windows: int) -> tuple[float, int]:
     seconds, peak_bytes = json.loads(done.stdout)
     print(f"{layers} layers, {windows * SEQ_LEN} tokens: {seconds:.2f} s", file=sys.stderr)
     return seconds, peak_bytes
-
-
-def write_model(folder: Path, layers: int) -> None:
-    """A random Llama checkpoint."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).half()
-
-    tensors = {
-        "model.embed_tokens.weight": matrix(VOCAB, HIDDEN),
-        "lm_head.weight": matrix(VOCAB, HIDDEN),
-        "model.norm.weight": torch.ones(HIDDEN).half(),
-    }
-    for index in range(layers):
-        prefix = f"model.layers.{index}."
-        for linear in "qkvo":
-            tensors[f"{prefix}self_attn.{linear}_proj.weight"] = matrix(HIDDEN, HIDDEN)
-        for linear in ("gate", "up"):
-            tensors[f"{prefix}mlp.{linear}_proj.weight"] = matrix(FFN, HIDDEN)
-        tensors[f"{prefix}mlp.down_proj.weight"] = matrix(HIDDEN, FFN)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{norm}.weight"] = torch.ones(HIDDEN).half()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": SEQ_LEN,
-        "torch_dtype": "float16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def fit(series: list[list[float]]) -> tuple[float, float, float]:
