@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from quant import distributed
-from quant.commands import grids
+from quant.commands import calibration, grids
 from quant.commands.options import (
     BUNDLED,
     Device,
@@ -100,14 +100,16 @@ def quantize(
     solver_options = _solver_options(solver, effort, act_order, damp, own_windows)
     length = seq_len or min(2048, llama.max_position_embeddings)
     sources = calib or ["stdlib"]
-    windows = distributed.from_first(lambda: _windows(model, sources, samples, length, seed))
+    windows = distributed.from_first(
+        lambda: calibration.windows_of(model, sources, samples, length, seed)
+    )
     told = " ".join(sources)
     data = f"{windows.numel()} tokens of {told}"
     if own := getattr(solver_options, "own", 0):
         data += f" and {own * windows.shape[1]} of the model's own"
         told += " and the model"
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
-    _advise(windows, llama, sources == ["stdlib"] and model.resolve() != BUNDLED)
+    calibration.advise(windows, llama, sources == ["stdlib"] and model.resolve() != BUNDLED)
     if target_bpw is not None:
         config = distributed.from_first(
             lambda: grids.finer(reader, llama, windows, config, target_bpw, device)
@@ -195,28 +197,6 @@ def _forecast(job: Any, output: Path) -> dict[str, float]:
     check_room(plan, output, job.storage.spill)
     facts = {"seconds": round(plan.seconds(rates), 1), "peak_memory_bytes": plan.memory}
     return {**facts, "peak_gpu_memory_bytes": plan.gpu_memory} if plan.gpu_memory else facts
-
-
-def _windows(model: Path, sources: list[str], samples: int, length: int, seed: int) -> Any:
-    """Calibration windows (samples, length) of the model's own tokens."""
-    from calib.sampling import token_windows
-    from calib.sources import documents
-    from quant.machine import return_memory
-    from quant.sources import open_tokenizer
-
-    windows = token_windows(open_tokenizer(model).encode, documents(sources), samples, length, seed)
-    return_memory()
-    return windows
-
-
-def _advise(windows: Any, llama: Any, python_only: bool) -> None:
-    """Print a line where the choice of calibration text is known to be poor."""
-    from calib.sampling import advice
-    from quant.geometry import linear_shapes
-
-    widest = max(width for _, width in linear_shapes(llama).values())
-    if line := advice(windows, widest, llama.max_position_embeddings, python_only):
-        print(f"note: {line}", flush=True)
 
 
 def _run(
