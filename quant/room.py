@@ -11,7 +11,7 @@ from calib.capture import Budget
 from quant.machine import available_memory, free_gpu_memory, nearest_folder
 from quant.partial import partial_path
 from quant.plan import Plan, make_plan
-from quant.units import size
+from quant.units import at_least, size
 from quant.workload import Job, down_bytes
 
 
@@ -37,9 +37,21 @@ def fit_memory(job: Job, limit: int, folder: Path) -> Job:
             return way
     raise ValueError(
         f"max-memory {size(limit)}: the least this model takes is about {size(plan.memory)}"
-        + plan.of_gpu
-        + plan.less_writing
+        f"{plan.of_gpu}; pass --max-memory {_least(plan)}{_less(way, plan, limit)}"
     )
+
+
+def _least(plan: Plan) -> str:
+    return at_least(max(plan.memory, plan.gpu_memory))
+
+
+def _less(job: Job, plan: Plan, limit: int) -> str:
+    """What to pass instead where the most memory goes to what the model writes, in words."""
+    if not plan.less_writing:
+        return ""
+    other = make_plan(replace(job, own=0, windows=job.windows - job.own))
+    enough = max(other.memory, other.gpu_memory) <= limit
+    return f", or --own-windows 0{'' if enough else f' and --max-memory {_least(other)}'}"
 
 
 def use_gpu_memory(job: Job, limit: int) -> Job:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 
 def size(count: float) -> str:
     """Bytes as MB or GB (decimal)."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def at_least(count: float) -> str:
+    """The smallest size that is no less, as `parse_size` takes it and people write it."""
+    return f"{ceil(count / 1e7) / 100:.2f}GB" if count >= 1e9 else f"{ceil(count / 1e6)}MB"
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,8 @@ from test_resume import assert_same, content
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from calib.capture import Budget
+from calib.hidden import Storage
 from quant import QuantConfig, RunOptions, quantize_checkpoint
 from quant import own_windows as module
 from quant.checkpoint import llama_config
@@ -27,6 +29,7 @@ from quant.plan import make_plan
 from quant.room import check_room, fit_memory
 from quant.solvers.gptq_options import GPTQOptions
 from quant.sources import open_checkpoint
+from quant.units import at_least
 from quant.workload import Job
 
 Make = Callable[..., Path]
@@ -226,5 +229,10 @@ def test_plan_counts_what_is_written(
     monkeypatch.setattr("quant.room.available_memory", lambda: 10**9)
     with pytest.raises(ValueError, match="are needed and .* are free; pass --own-windows 0"):
         check_room(deep, Path("out"), None)
-    with pytest.raises(ValueError, match="the least this model takes .*; pass --own-windows 0"):
-        fit_memory(job, 10**9, Path())
+    saving = {"storage": Storage(spill=Path()), "budget": Budget(256, 0)}
+    least = make_plan(replace(job, own=0, windows=8 - 5, **saving)).memory
+    told = "the least this model takes .*; pass --max-memory [0-9.]*GB, or --own-windows 0"
+    with pytest.raises(ValueError, match=told + "$"):
+        fit_memory(job, least, Path())
+    with pytest.raises(ValueError, match=f"{told} and --max-memory {at_least(least)}$"):
+        fit_memory(job, least - 1, Path())

@@ -18,7 +18,7 @@ from quant.plan import job_of, make_plan
 from quant.room import check_room, fit_memory, use_gpu_memory
 from quant.solvers.gptq_options import EFFORTS
 from quant.sources import open_checkpoint
-from quant.units import parse_size
+from quant.units import at_least, parse_size
 from quant.workload import Job
 
 SEVEN_B = Job(LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128), QuantConfig(), 128, 2048, 2)
@@ -30,8 +30,18 @@ def test_memory_is_fitted_by_the_least_saving(tmp_path: Path) -> None:
     assert fit_memory(SEVEN_B, need - 1, tmp_path).budget.keep_bytes == 0
     spilled = fit_memory(SEVEN_B, need - (1 << 30), tmp_path)
     assert spilled.storage.spill == tmp_path and spilled.budget == SEVEN_B.budget
-    with pytest.raises(ValueError, match="max-memory 1.00 GB: the least this model takes"):
+    with pytest.raises(ValueError, match="max-memory 1.00 GB: the least this model takes") as told:
         fit_memory(SEVEN_B, 10**9, tmp_path)
+    enough = parse_size(str(told.value).split()[-1])
+    fit_memory(SEVEN_B, enough, tmp_path)
+    with pytest.raises(ValueError, match="the least this model takes"):
+        fit_memory(SEVEN_B, enough - 10**7, tmp_path)
+    assert [at_least(size) for size in (5e8, 5e8 + 1, 2e9, 2e9 + 1)] == [
+        "500MB",
+        "501MB",
+        "2.00GB",
+        "2.01GB",
+    ]
     assert parse_size("16GB") == 16 * 10**9 and parse_size(" 0.5gb") == 500_000_000
     for bad in ("16", "x GB", "-1GB", "GB", "infGB", "1e400GB"):
         with pytest.raises(ValueError, match="size '.*' (is not understood|must be above zero)"):
