@@ -106,7 +106,7 @@ Effort = Annotated[
         "own: 1.7 to 1.9 times the time of fast, perplexity 4.3 % above float where fast is 6.2 % "
         "(SmolLM2-135M, W4 g64, 16k tokens; docs/accuracy.md). max: also lets rows make up for "
         "each other's errors, as gradients of the float model's predictions tell, and has the "
-        "model write more text: 14 times the time of fast and 1.9 times its memory, perplexity "
+        "model write more text: 12 times the time of fast and 1.8 times its memory, perplexity "
         "3.8 % above float, on text of another kind 10.4 % where fast is 13.6 %.",
         rich_help_panel=SOLVING,
     ),
