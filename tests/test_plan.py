@@ -148,7 +148,8 @@ def test_memory_does_not_grow_with_layers(make_checkpoint: Make, tmp_path: Path)
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         peaks.append(int(run.stdout))
     held = 24 * 2 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1536)  # 24 layers more in float16
-    assert peaks[1] - peaks[0] < held / 2  # 75 MB
+    # It grows by 12 to 20 MB; codes that stayed, packed, would add a quarter of this to that.
+    assert peaks[1] - peaks[0] < held / 4  # 38 MB
 
 
 @pytest.mark.parametrize(
