@@ -105,6 +105,7 @@ class Journal:
             ValueError: the run that is continued had others.
         """
         self.own_windows = keep_windows(self.folder, windows, self.own_windows)
+        self._write_state()  # or the folder would count for nothing before the first layer
 
     def load_hidden(self, states: HiddenStates) -> None:
         """Read the hidden states behind the last finished layer."""

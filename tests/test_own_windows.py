@@ -24,7 +24,7 @@ from quant.checkpoint import llama_config
 from quant.geometry import linear_shapes
 from quant.llama.config import LlamaConfig
 from quant.loader import load_model
-from quant.own_windows import own_windows, piece_bytes, rows_at_a_time
+from quant.own_windows import bits_in_memory, own_windows, piece_bytes, rows_at_a_time
 from quant.plan import make_plan
 from quant.room import check_room, fit_memory
 from quant.solvers.gptq_options import GPTQOptions
@@ -95,13 +95,15 @@ def test_a_run_keeps_them(make_checkpoint: Make, windows: Tensor, tmp_path: Path
         options = RunOptions(on_write=lambda done, total: written.append(total), **options)
         quantize_checkpoint(source, tmp_path / name, windows, config, solver, options, mask)
 
-    def stop(step: Any) -> None:
-        if step.layer:
-            raise KeyboardInterrupt
-
     run("quiet")
     assert written.pop() == 3 * 32
-    for cut, end, again in ((0, b"", 0), (8, b"", 3 * 32), (8, b"damaged.", 3 * 32)):
+    cases = ((1, 0, b"", 0), (1, 8, b"", 3 * 32), (1, 8, b"damaged.", 3 * 32), (0, 0, b"", 0))
+    for layer, cut, end, again in cases:
+
+        def stop(step: Any, layer: int = layer) -> None:
+            if step.layer == layer:
+                raise KeyboardInterrupt
+
         with pytest.raises(KeyboardInterrupt):
             run("out", on_step=stop, overwrite=True)
         kept = tmp_path / "out.partial" / "own-windows"
@@ -112,7 +114,7 @@ def test_a_run_keeps_them(make_checkpoint: Make, windows: Tensor, tmp_path: Path
         assert sum(written[-1:]) == again
         assert_same(tmp_path / "quiet", tmp_path / "out")
     plain = tmp_path / "plain"
-    own = own_windows(load_model(source, "cpu", bits=8), windows, 3)
+    own = own_windows(load_model(source, "cpu", bits=bits_in_memory("cpu")), windows, 3)
     more = torch.stack([windows[:3], own], 1).flatten(0, 1)
     more, padding = torch.cat([more, windows[3:]]), torch.ones_like(own)
     mask = torch.cat([mask[:1], padding[:1], mask[1:2], padding[1:], mask[2:]])
