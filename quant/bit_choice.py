@@ -77,11 +77,16 @@ def choose(
         config: the common grid; of its `modules` only a quantized head stays as it is.
 
     Raises:
-        ValueError: the common grid takes more than that.
+        ValueError: the common grid takes more than that, or every grid less.
     """
     grids = candidates(llama, config)
     shapes = linear_shapes(llama).values()
-    least = _bits(shapes, grids[0]) / _weights(shapes)
+    least, most = (_bits(shapes, grid) / _weights(shapes) for grid in (grids[0], grids[-1]))
+    if not target <= max(least, most):  # nor is NaN
+        raise ValueError(
+            f"--target-bpw {target:g}: is more than the finest grid takes, {most:.3f} per weight; "
+            "give a smaller one, or start from more --bits"
+        )
     if target < least:
         raise ValueError(
             f"--target-bpw {target:g}: {config.bits} bits with --group-size {config.group_size} "

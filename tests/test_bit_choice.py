@@ -186,6 +186,9 @@ def test_a_choice_keeps_the_head_and_tells_what_it_takes(
     assert same.config.modules == () and "no linear is finer" in same.summary()
     with pytest.raises(ValueError, match=r"--target-bpw 4.3: 4 bits .* take 4.312 per weight"):
         choose(reader, llama, windows, config, 4.3, CPU)
+    for target in (99, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="--target-bpw .*more than .* takes, 8.375 per weight"):
+            choose(reader, llama, windows, config, target, CPU)
 
 
 def test_the_command_writes_a_plain_mixed_checkpoint(tmp_path: Path) -> None:
