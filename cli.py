@@ -121,6 +121,9 @@ for name, function in COMMANDS.items():
 
 def main() -> None:
     """Entry point of the console script."""
+    for name in ("stdout", "stderr"):  # None where a shell's >&- closed it
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows does not know every character
             stream.reconfigure(errors="replace")

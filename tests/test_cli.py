@@ -241,6 +241,13 @@ def test_a_run_killed_at_its_very_end_is_finished(make_checkpoint: Make, tmp_pat
     assert not {"state.json", "lock"} & {file.name for file in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX shell")
+def test_a_closed_output_is_no_error(make_checkpoint: Make, tmp_path: Path) -> None:
+    command = f"'{sys.executable}' '{ROOT / 'cli.py'}' inspect '{make_checkpoint()}' >&-"
+    run = subprocess.run(command, shell=True, cwd=tmp_path, env=environment(), capture_output=True)
+    assert run.returncode == 0 and run.stderr == b""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX pipes")
 def test_a_closed_pipe_is_no_error(make_checkpoint: Make, tmp_path: Path) -> None:
     command = f"'{sys.executable}' '{ROOT / 'cli.py'}' inspect '{make_checkpoint()}' | true"
