@@ -63,7 +63,8 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
             continue
         if isinstance(was, dict) or isinstance(now, dict):
             return f"{field} {difference(was or {}, now or {})}"
-        return f"{field} was {was}, now {now}"
+        whose = " (those of --model)" if field == "weights" else ""
+        return f"{field} was {was}, now {now}{whose}"
     return None
 
 

@@ -53,7 +53,9 @@ def test_the_two_commands_of_the_readme(tmp_path: Path) -> None:
     assert "protocol: " in outputs[1] and "perplexity" in outputs[1] and "float" in outputs[1]
     assert outputs[2].startswith("def ") and len(outputs[2]) > 20
     again = cli("quantize", "--bits", 4, cwd=tmp_path)
-    assert again.returncode == 2 and "exists already" in again.stderr
+    assert again.returncode == 2 and "exists already; choose" in again.stderr
+    again = cli("quantize", "--resume", cwd=tmp_path)
+    assert again.returncode == 2 and "exists already, and no run of it stopped" in again.stderr
 
 
 def test_own_model_with_options(make_checkpoint: Make, tmp_path: Path) -> None:

@@ -96,6 +96,11 @@ def quantize(
     output = output or Path(f"{_name(model)}-w{bits}-{group}")
     refuse_overlap(model, output)
     if not plan and not distributed.from_first(lambda: is_finished(output, resume, overwrite)):
+        if resume and not overwrite and output.exists():
+            raise FileExistsError(
+                f"{output}: exists already, and no run of it stopped; use it, or choose another "
+                "name or pass --overwrite"
+            )
         refuse_existing(output, overwrite, folder=True)
     solver_options = _solver_options(solver, effort, act_order, damp, own_windows)
     length = seq_len or min(2048, llama.max_position_embeddings)
