@@ -107,7 +107,7 @@ Effort = Annotated[
         "(SmolLM2-135M, W4 g64, 16k tokens; docs/accuracy.md). max: also lets rows make up for "
         "each other's errors, as gradients of the float model's predictions tell, and has the "
         "model write more text: 12 times the time of fast and 1.8 times its memory, perplexity "
-        "3.8 % above float, on text of another kind 10.4 % where fast is 13.6 %.",
+        "3.7 % above float, on text of another kind 10.0 % where fast is 13.6 %.",
         rich_help_panel=SOLVING,
     ),
 ]
