@@ -194,6 +194,7 @@ OTHER_WORDS: list[tuple[list[str], str]] = [
 
 INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 write = sys.stderr.write
 
 def interrupting(text):
