@@ -81,8 +81,9 @@ def choose(
     """
     grids = candidates(llama, config)
     shapes = linear_shapes(llama).values()
-    least, most = (_bits(shapes, grid) / _weights(shapes) for grid in (grids[0], grids[-1]))
-    if not target <= max(least, most):  # nor is NaN
+    taken = [_bits(shapes, grid) / _weights(shapes) for grid in grids]
+    least, most = taken[0], max(taken)
+    if not target <= most:  # nor is NaN
         raise ValueError(
             f"--target-bpw {target:g}: is more than the finest grid takes, {most:.3f} per weight; "
             "give a smaller one, or start from more --bits"

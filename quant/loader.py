@@ -8,6 +8,7 @@ up), so that it is prepared and multiplied once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -88,14 +89,7 @@ def load_model(
     with torch.device("meta"):
         model = Llama(config)
     linears = _QuantLinears(model, choose(place, backend), place, precision)
-    form = next((form for form in FORMATS.values() if form.matches(reader)), None)
-    if form:
-        entries = form.read(reader)
-    elif bits:
-        entries = rounded_entries(reader, bits, config.tie_word_embeddings)
-    else:
-        entries = ((name, reader.tensor(name)) for name in reader.names())
-    for name, value in entries:
+    for name, value in _entries(reader, bits, config.tie_word_embeddings):
         if isinstance(value, QuantizedTensor):
             linears.add(name, value)
         elif not name.endswith("rotary_emb.inv_freq"):
@@ -110,6 +104,18 @@ def load_model(
             f"{path}: tensor {missing[0]} is missing from the checkpoint ({len(missing)} in all)"
         )
     return model.eval().requires_grad_(False)
+
+
+def _entries(
+    reader: CheckpointReader, bits: int | None, tied: bool
+) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
+    """The tensors of a checkpoint by name: codes as the file has them, or as `bits` asks for."""
+    for form in FORMATS.values():
+        if form.matches(reader):
+            return form.read(reader)
+    if bits:
+        return rounded_entries(reader, bits, tied)
+    return ((name, reader.tensor(name)) for name in reader.names())
 
 
 def resolve_device(device: str) -> str:

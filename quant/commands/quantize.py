@@ -78,13 +78,11 @@ def quantize(
     from quant import publishing
     from quant.config import QuantConfig
     from quant.loader import resolve_device
-    from quant.output import existing, refuse_existing, refuse_overlap
-    from quant.partial import in_the_way, is_finished
+    from quant.output import existing, refuse_overlap
+    from quant.partial import in_the_way
     from quant.pipeline import open_float
     from quant.plan import job_of
-    from quant.room import fit_memory
     from quant.run_options import RunOptions
-    from quant.units import parse_size
 
     if push is not None and distributed.rank() == 0:
         publishing.check_push(push)
@@ -95,13 +93,8 @@ def quantize(
     group = "row" if config.group_size == -1 else f"g{config.group_size}"
     output = output or Path(f"{_name(model)}-w{bits}-{group}")
     refuse_overlap(model, output)
-    if not plan and not distributed.from_first(lambda: is_finished(output, resume, overwrite)):
-        if resume and not overwrite and output.exists():
-            raise FileExistsError(
-                f"{output}: exists already, and no run of it stopped; use it, or choose another "
-                "name or pass --overwrite"
-            )
-        refuse_existing(output, overwrite, folder=True)
+    if not plan:
+        _check_output(output, resume, overwrite)
     solver_options = _solver_options(solver, effort, act_order, damp, own_windows)
     length = seq_len or min(2048, llama.max_position_embeddings)
     sources = calib or ["stdlib"]
@@ -122,10 +115,7 @@ def quantize(
         grids.check_target(target, llama, config)
     shape, storage = tuple(windows.shape), _storage(hidden, spill)
     job = job_of(reader, llama, config, shape, solver_options, storage, device)
-    limit = None if max_memory is None else parse_size(max_memory)
-    if limit is not None:
-        job = fit_memory(job, limit, output.absolute().parent)
-    job = _use_gpu_memory(job, limit)
+    job = _fitted(job, max_memory, output)
     forecast = distributed.from_first(lambda: _forecast(job, output))
     if plan:
         if obstacle := existing(output, overwrite, True) or in_the_way(output, resume, overwrite):
@@ -141,6 +131,21 @@ def quantize(
 def _name(model: Path) -> str:
     """The name of a folder, or of a file without its ending."""
     return model.stem if model.is_file() else model.resolve().name
+
+
+def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse an output that is there already, unless the run goes on with it."""
+    from quant.output import refuse_existing
+    from quant.partial import is_finished
+
+    if distributed.from_first(lambda: is_finished(output, resume, overwrite)):
+        return
+    if resume and not overwrite and output.exists():
+        raise FileExistsError(
+            f"{output}: exists already, and no run of it stopped; use it, or choose another name "
+            "or pass --overwrite"
+        )
+    refuse_existing(output, overwrite, folder=True)
 
 
 def _solver_options(solver: str, effort: str, act_order: bool, damp: float, own: int | None) -> Any:
@@ -171,11 +176,15 @@ def _storage(hidden: str, spill: Path | None) -> Any:
     return Storage(getattr(torch, hidden), spill)
 
 
-def _use_gpu_memory(job: Any, limit: int | None) -> Any:
-    """The job with activations on the GPU, if it has one with room for them."""
+def _fitted(job: Any, max_memory: str | None, output: Path) -> Any:
+    """The job that takes no more than that, with activations on the GPU if it has one with room."""
     from quant.machine import free_gpu_memory
-    from quant.room import use_gpu_memory
+    from quant.room import fit_memory, use_gpu_memory
+    from quant.units import parse_size
 
+    limit = None if max_memory is None else parse_size(max_memory)
+    if limit is not None:
+        job = fit_memory(job, limit, output.absolute().parent)
     if job.device == "cpu":
         return job
     room = int(0.8 * free_gpu_memory())  # what is free in pieces is not of use for all
