@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from calib.hidden import HiddenStates, Storage
 from quant.checkpoint import CheckpointReader
 from quant.layer_reader import EMBEDDING, LayerReader, build_layer
 from quant.llama.config import LlamaConfig
+from quant.llama.model import DecoderLayer
 
 
 def empty_states(llama: LlamaConfig, windows: Tensor, storage: Storage) -> HiddenStates:
@@ -33,10 +36,16 @@ def advance_float(
     states: HiddenStates,
     count: int,
     compute: tuple[torch.device, Budget],
+    prepare: Callable[[DecoderLayer], None],
 ) -> None:
-    """Advance `states` through the first `count` layers of the float model."""
+    """Advance `states` through the first `count` layers of the float model.
+
+    Args:
+        prepare: is given each layer before it runs.
+    """
     layers = LayerReader(reader, llama)
     for index in range(count):
         layer = build_layer(llama, layers.take(index), compute[0])
         layers.ask(index + 1)
+        prepare(layer)
         advance(layer, states, *compute)

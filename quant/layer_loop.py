@@ -23,6 +23,7 @@ from quant import distributed
 from quant.checkpoint import CheckpointReader
 from quant.code_counts import CodeCounts
 from quant.config import QuantConfig
+from quant.equalized import equalize_first_
 from quant.group_solver import solve_group
 from quant.layer_inputs import advance_float, embed, empty_states
 from quant.layer_reader import FINAL_NORM, LINEARS, LayerReader, build_layer, plain_tensors
@@ -58,6 +59,10 @@ class Run:
     def device(self) -> torch.device:
         return torch.device(self.options.device)
 
+    @property
+    def equalize(self) -> float:
+        return getattr(self.solver, "equalize", 0.0)
+
 
 def layers(run: Run, first: int) -> Iterator[Step]:
     """Quantize the layers from `first` on; a Step after each group."""
@@ -66,7 +71,7 @@ def layers(run: Run, first: int) -> Iterator[Step]:
     aiming = getattr(run.solver, "needs_float", False)
     mask = None if run.mask is None else run.mask[mine]
     if first < run.llama.num_hidden_layers:
-        originals = original_states(run, run.windows[mine], first) if aiming else None
+        originals = original_states(run, run.windows[mine], mask, first) if aiming else None
         run.slopes = _layer_slopes(run, run.windows[mine], mask)
         yield from _decoder_layers(run, first, states, originals, mask)
     if run.config.has_head:
@@ -88,6 +93,7 @@ def _decoder_layers(
         layer = _build(run, reader.take(index), prefix)
         if run.device.type != "cpu":
             reader.ask(index + 1)
+        equalize_first_(layer, originals or states, mask, run.equalize)
         done: list[LinearReport] = []
         beside = None if originals is None else (_float_copy(layer), originals)
         fisher = _output_fisher(run, index, beside)
@@ -198,12 +204,16 @@ def _hidden_states(run: Run, windows: Tensor, first: int) -> HiddenStates:
     return states
 
 
-def original_states(run: Run, windows: Tensor, first: int) -> HiddenStates:
+def original_states(run: Run, windows: Tensor, mask: Tensor | None, first: int) -> HiddenStates:
     """The input of layer `first` in the float model; computed again when a run goes on."""
+
+    def prepare(layer: DecoderLayer) -> None:
+        equalize_first_(layer, states, mask, run.equalize)
+
     states = empty_states(run.llama, windows, run.options.storage)
     embed(run.reader, states, windows)
     compute = (run.device, run.options.budget)
-    advance_float(run.reader, run.llama, states, first, compute)
+    advance_float(run.reader, run.llama, states, first, compute, prepare)
     return states
 
 

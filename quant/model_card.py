@@ -17,6 +17,9 @@ from quant.report import FILE_NAME as REPORT
 
 FILE_NAME = "README.md"
 _SECTION = "## Quality"
+_ADAPTERS = (
+    "those of the base model do not fit: its channels have other sizes here, or another basis"
+)
 
 
 def write_card(folder: Path, quality: str = "") -> None:
@@ -59,6 +62,7 @@ def _card(report: dict[str, Any], config: dict[str, Any], quality: str) -> str:
         "zeros": "symmetric" if settings["symmetric"] else "asymmetric",
         **({"other grids": _others(settings["modules"])} if "modules" in settings else {}),
         "solver": _solver(settings),
+        **({"adapters": _ADAPTERS} if _in_other_terms(settings) else {}),
         "calibration": _calibration(report["calibration"]),
         "mean relative error of a linear's output": f"{sum(errors) / len(errors):.5f}",
         "made with": ", ".join(f"{key} {value}" for key, value in report["versions"].items()),
@@ -91,6 +95,11 @@ def _solver(settings: dict[str, Any]) -> str:
     stored = ("bits", "group_size", "symmetric", "solver", "modules")
     options = [f"{key} {value}" for key, value in settings.items() if key not in stored]
     return ", ".join([settings["solver"], *options])
+
+
+def _in_other_terms(settings: dict[str, Any]) -> bool:
+    """Whether what was quantized is an equal model of other weights."""
+    return bool(settings.get("equalize") or settings.get("rotate"))
 
 
 def _others(modules: dict[str, dict[str, int]]) -> str:

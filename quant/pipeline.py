@@ -47,6 +47,7 @@ from quant.partial import is_finished, kept, partial_folder, remove_notes
 from quant.report import LayerReport, Report
 from quant.report_page import write_page
 from quant.resume import Journal
+from quant.rotated import rotated
 from quant.run_options import RunOptions
 from quant.run_state import RunState
 from quant.solvers import solver_name
@@ -91,6 +92,8 @@ def quantize_checkpoint(
     mask = check_windows(windows, attention_mask, llama.vocab_size)
     with distributed.joined(), torch.inference_mode():
         distributed.check_device(run_options.device)
+        if getattr(solver, "rotate", False):
+            reader = rotated(reader, llama)
         run = Run(reader, llama, config, solver, run_options, windows, mask)
         if report := distributed.from_first(lambda: _finished(run, output)):
             return report

@@ -14,6 +14,7 @@ from calib.hidden import Storage
 from quant import distributed
 from quant.checkpoint import CheckpointReader
 from quant.config import QuantConfig
+from quant.equalized import TOKENS
 from quant.geometry import stored_bytes
 from quant.layer_reader import plain_tensors
 from quant.llama.config import LlamaConfig
@@ -168,6 +169,7 @@ def job_of(
         refits=getattr(solver, "refits", 0),
         fisher=fisher,
         own=own,
+        equalized=min(TOKENS, count * tokens) if getattr(solver, "equalize", 0) else 0,
         device=device,
         processes=processes,
         here=distributed.processes_here(),

@@ -1,7 +1,8 @@
 """What a run has to do, counted from the geometry. With T tokens, P weights of a layer,
 input widths n (one for each group of linears that share an input) and r rows on each, a layer takes
 
-    forward    2 P T, gate and up twice where their product is not kept
+    forward    2 P T, gate and up twice where their product is not kept, and 2 P for each of the
+               tokens by which sizes are moved
     attention  2 T seq_len width, causal
     Hessian    n^2 T, one triangle
     Cholesky   n^3 / 3
@@ -60,8 +61,9 @@ _COLUMN_S, _WEIGHT_S, _BYTE_S = 11.5e-6, 3.5e-9, 4.1e-9
 class Job:
     """What is planned: a model of `weight_bytes` per weight, windows, how they are held,
     whether the float model runs beside the quantized one, the sweeps and refits of every solve, the
-    tokens whose gradients are taken, how many of the windows the model writes itself, where
-    layers are computed, and how many processes do as much, in all and on this machine.
+    tokens whose gradients are taken, how many of the windows the model writes itself, the tokens
+    by which sizes are moved within a layer, where layers are computed, and how many processes do as
+    much, in all and on this machine.
     """
 
     llama: LlamaConfig
@@ -76,6 +78,7 @@ class Job:
     refits: int = 0
     fisher: int = 0
     own: int = 0
+    equalized: int = 0
     device: str = "cpu"
     processes: int = 1
     here: int = 1
@@ -122,7 +125,8 @@ def work(job: Job) -> dict[str, float]:
     again = 4 * llama.hidden_size * llama.intermediate_size * tokens * twice
     streams = 2 if job.beside else 1
     layer = {
-        "forward": streams * (2 * weights_of(llama) * tokens + again),
+        "forward": streams * (2 * weights_of(llama) * tokens + again)
+        + 2 * weights_of(llama) * job.equalized,
         "attention": streams * 2 * tokens * job.seq_len * wide,
         "Hessian": sum(group.width**2 * tokens for group in groups),
         "Cholesky": streams * sum(group.width**3 / 3 for group in groups),

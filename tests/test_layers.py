@@ -22,7 +22,8 @@ LAYERS = [
     ["quant.peak_memory"],
     ["quant.linear", "quant.report", "quant.verification", "quant.contenders"]
     + ["quant.runtimes", "quant.group_solver", "quant.layer_inputs", "quant.workload"]
-    + ["quant.slopes", "quant.own_windows", "quant.run_state", "quant.rounded"],
+    + ["quant.slopes", "quant.own_windows", "quant.run_state", "quant.rounded"]
+    + ["quant.rotated", "quant.equalized"],
     ["quant.solvers", "quant.formats", "quant.kernels"],
     ["quant.sources", "quant.layer_reader", "quant.fingerprint", "quant.partial", "quant.machine"]
     + ["quant.added_tokens", "quant.code_counts"],

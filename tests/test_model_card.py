@@ -15,6 +15,7 @@ from quant.config import QuantConfig
 from quant.model_card import write_card
 from quant.pipeline import quantize_checkpoint
 from quant.publishing import check_push, push
+from quant.run_options import RunOptions
 from quant.solvers.gptq_options import GPTQOptions
 
 Make = Callable[..., Path]
@@ -41,6 +42,18 @@ def test_a_run_writes_its_card(quantized: Path, tmp_path: Path) -> None:
     ):
         assert part in card
     assert str(tmp_path) not in card and "## Quality" not in card and "base_model:" not in card
+
+
+def test_a_card_says_where_adapters_do_not_fit(
+    quantized: Path, make_checkpoint: Make, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    assert "| adapters |" not in (quantized / "README.md").read_text()
+    for option in ({"equalize": 0.25}, {"rotate": True}):
+        made, out = make_checkpoint(str(option)), tmp_path / "moved"
+        solver = GPTQOptions(**option)  # type: ignore[arg-type]
+        options = RunOptions(overwrite=True)
+        quantize_checkpoint(made, out, windows, QuantConfig(4, 64), solver, options)
+        assert "| adapters | those of the base model do not fit" in (out / "README.md").read_text()
 
 
 def test_measured_quality_is_kept(quantized: Path) -> None:

@@ -35,6 +35,7 @@ from quant.commands.quantize_options import (
     Output,
     Overwrite,
     OwnWindows,
+    Rotate,
     Samples,
     Seed,
     Solver,
@@ -42,6 +43,7 @@ from quant.commands.quantize_options import (
     Symmetric,
     TargetBpw,
     as_given,
+    solver_options,
 )
 
 
@@ -65,6 +67,7 @@ def quantize(
     seed: Seed = 0,
     solver: Solver = "gptq",
     effort: Effort = "balanced",
+    rotate: Rotate = False,
     act_order: ActOrder = True,
     damp: Damp = 0.01,
     device: Device = "auto",
@@ -95,7 +98,7 @@ def quantize(
     refuse_overlap(model, output)
     if not plan:
         _check_output(output, resume, overwrite)
-    solver_options = _solver_options(solver, effort, act_order, damp, own_windows)
+    chosen = solver_options(solver, effort, act_order, damp, own_windows, rotate)
     length = seq_len or min(2048, llama.max_position_embeddings)
     sources = calib or ["stdlib"]
     windows = distributed.from_first(
@@ -103,7 +106,7 @@ def quantize(
     )
     told = " ".join(sources)
     data = f"{windows.numel()} tokens of {told}"
-    if own := getattr(solver_options, "own", 0):
+    if own := getattr(chosen, "own", 0):
         data += f" and {own * windows.shape[1]} of the model's own"
         told += " and the model"
     print(f"quantizing {model} to {bits} bits, {group}, on {data}", flush=True)
@@ -114,7 +117,7 @@ def quantize(
         )
         grids.check_target(target, llama, config)
     shape, storage = tuple(windows.shape), _storage(hidden, spill)
-    job = job_of(reader, llama, config, shape, solver_options, storage, device)
+    job = job_of(reader, llama, config, shape, chosen, storage, device)
     job = _fitted(job, max_memory, output)
     forecast = distributed.from_first(lambda: _forecast(job, output))
     if plan:
@@ -123,7 +126,7 @@ def quantize(
     else:
         places = (device, overwrite, resume, job.storage, job.budget)
         run_options = RunOptions(*places, forecast=forecast, data=told, words=words)
-        _run(model, output, windows, config, solver_options, run_options)
+        _run(model, output, windows, config, chosen, run_options)
     if push and not plan and distributed.rank() == 0:
         print(f"pushed: {publishing.push(output, push)}")
 
@@ -146,21 +149,6 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
             "or pass --overwrite"
         )
     refuse_existing(output, overwrite, folder=True)
-
-
-def _solver_options(solver: str, effort: str, act_order: bool, damp: float, own: int | None) -> Any:
-    """The options of the solver called `solver`."""
-    from quant.solvers import SOLVERS
-    from quant.solvers.gptq_options import EFFORTS
-
-    if solver not in SOLVERS:
-        raise ValueError(f"solver {solver!r} is unknown; there are {', '.join(SOLVERS)}")
-    if effort not in EFFORTS:
-        raise ValueError(f"effort {effort!r} is unknown; there are {', '.join(EFFORTS)}")
-    if solver != "gptq":
-        return SOLVERS[solver][1]()
-    options = replace(EFFORTS[effort], act_order=act_order, damp=damp)
-    return options if own is None else replace(options, own=own)
 
 
 def _storage(hidden: str, spill: Path | None) -> Any:

@@ -30,6 +30,10 @@ class GPTQOptions:
         refits: of these, how many begin with scales refit to the codes, see quant.solvers.refit.
         fisher: tokens whose gradients tell which errors of a linear's outputs make up for each
             other; 0 is none. Used by the pipeline, see quant.slopes and quant.solvers.row_feedback.
+        equalize: how far columns of o_proj and down_proj are brought to the size that their inputs
+            call for, 0 to 1; 0 is off. Used by the pipeline, see quant.equalized.
+        rotate: quantize the model in another basis of its residual stream, where its head does not
+            repeat the embedding. Used by the pipeline, see quant.rotated.
         own: windows that the float model writes itself, added to those of the text. Used by the
             pipeline, see quant.own_windows.
     """
@@ -46,13 +50,15 @@ class GPTQOptions:
     refits: int = 0
     fisher: int = 0
     own: int = 0
+    equalize: float = 0.0
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if self.scales not in SCALES:
             raise ValueError(
                 f"scales {self.scales!r} is unknown; choose one of {', '.join(SCALES)}"
             )
-        for name in ("target", "residual", "sink"):
+        for name in ("target", "residual", "sink", "equalize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} is out of range; 0 <= {name} <= 1")
         if not 0 <= self.refits <= self.sweeps:
@@ -76,6 +82,15 @@ class GPTQOptions:
         return self.target > 0 or self.residual > 0 or self.fisher > 0
 
 
+_EQUALIZE = 0.25
+
+
+def with_rotation(options: GPTQOptions) -> GPTQOptions:
+    """The options with both steps that quantize an equal model of other weights."""
+    return replace(options, rotate=True, equalize=_EQUALIZE)
+
+
 _FAST = GPTQOptions(scales="signed", shrink=0.25, sink=0.2, sweeps=1, refits=1)
 _BALANCED = replace(_FAST, sink=0.0, target=0.5, residual=0.5)  # a target needs no sink
-EFFORTS = {"fast": _FAST, "balanced": _BALANCED, "max": replace(_BALANCED, fisher=16384, own=64)}
+_MAX = replace(_BALANCED, fisher=16384, own=64, equalize=_EQUALIZE)
+EFFORTS = {"fast": _FAST, "balanced": _BALANCED, "max": _MAX}
