@@ -13,6 +13,7 @@ tools are added with `--checkpoint NAME:DRAW=FOLDER`.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 import time
@@ -47,7 +48,11 @@ def options_of(setting: str) -> Any:
     base, *changes = setting.split("+")
     kinds = {field.name: type(field.default) for field in fields(GPTQOptions)}
     pairs = [change.split("=") for change in changes]
-    return replace(BASES[base], **{name: kinds[name](value) for name, value in pairs})
+    return replace(BASES[base], **{name: _value(kinds[name], text) for name, text in pairs})
+
+
+def _value(kind: type, text: str) -> Any:
+    return kind(int(text)) if kind is bool else kind(text)
 
 
 class Reference:
@@ -86,7 +91,8 @@ def run(args: argparse.Namespace, results: dict[str, Any]) -> None:
     named = [item.partition("=")[::2] for item in args.eval]
     texts = {name: windows_of(tokenizer, Path(path), args.seq_len) for name, path in named}
     calibration = windows_of(tokenizer, args.calib, args.seq_len)
-    judged = float_hessians(args.model, next(iter(texts.values()))[-_JUDGED:])
+    judged_on = next(iter(texts.values()))[-_JUDGED:]
+    judged = functools.cache(lambda rotate: float_hessians(args.model, judged_on, rotate))
     config = QuantConfig(args.bits, args.group_size, not args.asym)
     done = results.setdefault(grid_name(args), {})
     jobs = {f"{name}:{d}": None for d in range(args.draws) for name in args.settings}
@@ -96,14 +102,17 @@ def run(args: argparse.Namespace, results: dict[str, Any]) -> None:
             continue
         setting, _, draw = job.rpartition(":")
         facts: dict[str, Any] = {}
+        options = GPTQOptions() if folder else options_of(setting)
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             if folder is None:
                 folder, start = str(Path(scratch) / "out"), int(draw) * args.samples
                 windows, began = calibration[start : start + args.samples], time.perf_counter()
-                quantize_checkpoint(args.model, folder, windows, config, options_of(setting))
+                quantize_checkpoint(args.model, folder, windows, config, options)
                 seconds = round(time.perf_counter() - began, 1)
                 facts = {"seconds": seconds, "peak": peak_memory_bytes()}
-            facts["layer_error"] = float(f"{layer_error(Path(folder), judged):.4g}")
+            moved = getattr(options, "equalize", 0) > 0
+            error = layer_error(Path(folder), judged(getattr(options, "rotate", False)), moved)
+            facts["layer_error"] = float(f"{error:.4g}")
             model = load_model(folder)
             facts["texts"] = {
                 text: score(model, reference, ids[: args.windows]) for text, ids in texts.items()
