@@ -108,7 +108,7 @@ Effort = Annotated[
         "(SmolLM2-135M, W4 g64, 16k tokens; docs/accuracy.md). max: also lets rows make up for "
         "each other's errors, as gradients of the float model's predictions tell, gives channels "
         "sizes that round better, so that adapters trained on the original do not fit, and has the "
-        "model write more text: 12 times the time of fast and 1.8 times its memory, perplexity "
+        "model write more text: 11 times the time of fast and 1.9 times its memory, perplexity "
         "3.6 % above float, on text of another kind 9.5 % where fast is 13.6 %.",
         rich_help_panel=SOLVING,
     ),
