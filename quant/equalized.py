@@ -57,7 +57,7 @@ def equalize_(layer: DecoderLayer, inputs: Tensor, mask: Tensor | None, strength
         inputs: of the layer, some windows (windows, tokens, hidden) float32 of this process, which
             may be none if another one has some.
         mask: (windows, tokens) bool, False for padding, which does not count.
-        strength: 0 changes nothing, 1 makes the inputs of all columns alike but for the weights'.
+        strength: the exponent of c, 0 to 1; 0 changes nothing.
     """
     energies = {name: inputs.new_zeros(layer.linear(name).in_features) for name in WRITERS}
 

@@ -1,13 +1,14 @@
 """The same model with its residual stream in a basis where no channel stands out.
 
-Some channels of a Llama's residual stream are a hundred times as strong as others, and the errors
-of 4-bit weights are as large there. RMSNorm without its weight commutes with any orthogonal Q, so
+Some channels of a Llama's residual stream may be far stronger than others, and so are the errors
+of the weights that write to them or read from them. RMSNorm without its weight commutes with any
+orthogonal Q, so
 
     embedding Q,   W diag(norm weight) Q for q, k, v, gate, up and head,   Q^T W for o and down
 
 and norm weights of 1 give the same logits from a stream h Q (QuaRot, arXiv 2404.00456; SpinQuant's
-R1, arXiv 2405.16406). Every input is then a mixture of all channels, and so is every output: groups
-have no outliers, and no channel's errors weigh more than another's.
+R1, arXiv 2405.16406). Every input of q, k, v, gate and up is then a mixture of all channels, and so
+is every output of o and down.
 
 Q = diag(signs) (A x B), with the Kronecker product of two cosine transforms (DCT-II, whose entries
 are all of a size) as near to square as the width allows, so that to rotate costs little. The file
@@ -102,7 +103,7 @@ class RotatedReader:
         """Q applied to the rows of a tensor, once they are multiplied by a norm's weight."""
         factors = self._reader.tensor(norm).float() if norm else 1.0
         if tensor.dim() == 1:
-            return self._rotation(tensor * factors).to(tensor.dtype)
+            return self._rotation(tensor).to(tensor.dtype)
         out = torch.empty(tensor.shape, dtype=tensor.dtype)
         for start in range(0, len(tensor), _ROWS):
             rows = slice(start, start + _ROWS)

@@ -82,7 +82,7 @@ class GPTQOptions:
         return self.target > 0 or self.residual > 0 or self.fisher > 0
 
 
-_EQUALIZE = 0.25
+_EQUALIZE = 0.25  # half of what theory has: scales follow the largest weights, not the rms
 
 
 def with_rotation(options: GPTQOptions) -> GPTQOptions:
