@@ -12,7 +12,8 @@ so that the caller can replace their weights; what follows then sees the replace
     n = n + down(...)
 
 Each product is computed once. Of the input of `down`, the widest, `keep_bytes` are kept for the
-last line; the rest is computed a second time rather than stored.
+last line; the rest is computed a second time rather than stored. The float model beside it never
+waits: h becomes h + o(...) and h + down(...) in its own place.
 """
 
 from __future__ import annotations
@@ -73,10 +74,10 @@ def walk(
         The Hessian of the input of q|k|v, of o, of gate|up and of down, in that order.
     """
     walking = _stages(layer, states, device, budget)
-    others = iter(()) if beside is None else _stages(*beside, device, budget)
+    others = iter(()) if beside is None else _float_stages(*beside, device, budget)
     for index, (width, inputs) in enumerate(walking):
         hessian = Hessian(width, device)
-        _, originals = next(others, (0, None))
+        originals = next(others, None)
         for batch, x in inputs:
             original = None if originals is None else next(originals)[1]
             of_batch = None if mask is None else mask[batch]
@@ -102,8 +103,8 @@ def _raise_first(x: Tensor, original: Tensor | None, mask: Tensor | None, count:
 
 def _behind(states: HiddenStates, original: HiddenStates, buffer: str, batch: slice) -> Tensor:
     """h~ - h: what the residual stream of a batch lacks to be the float model's."""
-    mine, theirs = (getattr(s, buffer).read(batch, s.hidden_size) for s in (states, original))
-    return theirs.float() - mine.float()
+    theirs = original.present.read(batch, states.hidden_size)
+    return theirs - getattr(states, buffer).read(batch, states.hidden_size)
 
 
 def advance(
@@ -113,7 +114,7 @@ def advance(
     budget: Budget = Budget(),  # noqa: B008
 ) -> None:
     """Advance the hidden states through `layer` in the batches of `walk`, collecting nothing."""
-    for _, inputs in _stages(layer, states, device, budget):
+    for inputs in _float_stages(layer, states, device, budget):
         deque(inputs, maxlen=0)
 
 
@@ -132,7 +133,7 @@ def last_hessian(
     """
     hessian = Hessian(states.hidden_size, device)
     for batch in _batches(states, budget.batch_tokens):
-        x = norm(states.present.read(batch, states.hidden_size).to(device))
+        x = norm(_present(states, batch, device))
         hessian.add(x, None if mask is None else mask[batch])
     return hessian
 
@@ -165,8 +166,7 @@ def _stages(
 
 def _qkv_inputs(layer: Any, states: HiddenStates, device: Any, batches: list[slice]) -> _Inputs:
     for batch in batches:
-        x = states.present.read(batch, states.hidden_size).to(device)
-        yield batch, layer.input_layernorm(x)
+        yield batch, layer.input_layernorm(_present(states, batch, device))
 
 
 def _o_inputs(layer: Any, states: HiddenStates, device: Any, batches: list[slice]) -> _Inputs:
@@ -177,11 +177,11 @@ def _o_inputs(layer: Any, states: HiddenStates, device: Any, batches: list[slice
 
 
 def _mlp_inputs(layer: Any, states: HiddenStates, device: Any, batches: list[slice]) -> _Inputs:
-    attention, present = layer.self_attn, states.present
+    attention = layer.self_attn
     width = attention.config.num_attention_heads * attention.config.head_dim
     for batch in batches:
         y = attention.o_proj(states.next.read(batch, width).to(device))
-        x = present.read(batch, states.hidden_size).to(device) + y
+        x = _present(states, batch, device) + y
         states.next.write(batch, x)
         yield batch, layer.post_attention_layernorm(x)
 
@@ -194,6 +194,37 @@ def _down_inputs(
         x = states.next.read(batch, states.hidden_size).to(device)
         out = kept[batch] if batch.stop <= len(kept) else None
         yield batch, layer.mlp.mix(layer.post_attention_layernorm(x), out)
+
+
+def _float_stages(
+    layer: Any, states: HiddenStates, device: torch.device | str, budget: Budget
+) -> Iterator[_Inputs]:
+    """The inputs of each group of linears of a layer that stays as it is; take all of them before
+    going on. What a sum is made of is overwritten when the batch after it is asked for.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    for norm, mix, last in (
+        (layer.input_layernorm, attention.mix, attention.o_proj),
+        (layer.post_attention_layernorm, mlp.mix, mlp.down_proj),
+    ):
+        batches = _batches(states, budget.batch_tokens)
+        yield ((batch, norm(_present(states, batch, device))) for batch in batches)
+        yield _added(norm, mix, last, states, device, batches)
+
+
+def _added(
+    norm: Any, mix: Any, last: Any, states: HiddenStates, device: Any, batches: list[slice]
+) -> _Inputs:
+    """The inputs of `last`, o_proj or down_proj, whose outputs are added to the hidden states."""
+    for batch in batches:
+        x = _present(states, batch, device)
+        y = mix(norm(x))
+        yield batch, y
+        states.present.write(batch, x + last(y))
+
+
+def _present(states: HiddenStates, batch: slice, device: Any) -> Tensor:
+    return states.present.read(batch, states.hidden_size).to(device)
 
 
 def _batches(states: HiddenStates, batch_tokens: int) -> list[slice]:

@@ -47,6 +47,8 @@ class HiddenStates:
         hidden_size: features between layers.
         widest: features of the widest thing a layer stores here, the input of o_proj included.
         storage: dtype and place.
+        in_place: of a model that stays as it is, whose layers' outputs replace their inputs: one
+            buffer is `present` and `next`.
 
     Raises:
         OSError: the folder to spill to is missing or too small.
@@ -59,10 +61,12 @@ class HiddenStates:
         hidden_size: int,
         widest: int = 0,
         storage: Storage = Storage(),  # noqa: B008 - frozen
+        in_place: bool = False,
     ) -> None:
         self.windows, self.tokens, self.hidden_size = windows, tokens, hidden_size
         shape = (windows, tokens, max(hidden_size, widest))
-        self.present, self.next = Buffer(shape, storage), Buffer(shape, storage)
+        self.present = Buffer(shape, storage)
+        self.next = self.present if in_place else Buffer(shape, storage)
         self._room: Tensor | None = None
 
     def swap(self) -> None:

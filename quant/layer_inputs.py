@@ -22,6 +22,12 @@ def empty_states(llama: LlamaConfig, windows: Tensor, storage: Storage) -> Hidde
     return HiddenStates(count, tokens, llama.hidden_size, widest, storage)
 
 
+def float_states(llama: LlamaConfig, windows: Tensor, storage: Storage) -> HiddenStates:
+    """The same of a model that stays as it is, for half as much room."""
+    count, tokens = windows.shape
+    return HiddenStates(count, tokens, llama.hidden_size, storage=storage, in_place=True)
+
+
 def embed(reader: CheckpointReader, states: HiddenStates, windows: Tensor) -> None:
     """Make `states` the input of the first layer: the embeddings of the windows' ids."""
     embedding = reader.tensor(EMBEDDING)

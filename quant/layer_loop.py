@@ -25,7 +25,7 @@ from quant.code_counts import CodeCounts
 from quant.config import QuantConfig
 from quant.equalized import equalize_first_
 from quant.group_solver import solve_group
-from quant.layer_inputs import advance_float, embed, empty_states
+from quant.layer_inputs import advance_float, embed, empty_states, float_states
 from quant.layer_reader import FINAL_NORM, LINEARS, LayerReader, build_layer, plain_tensors
 from quant.llama.config import LlamaConfig
 from quant.llama.model import LINEAR_GROUPS, DecoderLayer, RMSNorm
@@ -210,7 +210,7 @@ def original_states(run: Run, windows: Tensor, mask: Tensor | None, first: int) 
     def prepare(layer: DecoderLayer) -> None:
         equalize_first_(layer, states, mask, run.equalize)
 
-    states = empty_states(run.llama, windows, run.options.storage)
+    states = float_states(run.llama, windows, run.options.storage)
     embed(run.reader, states, windows)
     compute = (run.device, run.options.budget)
     advance_float(run.reader, run.llama, states, first, compute, prepare)

@@ -26,9 +26,14 @@ _AIMING = 4  # matrices of a group's width while a weight is aimed: H and D, H d
 
 
 def states_bytes(job: Job) -> int:
-    """Hidden states of two layer boundaries, or what a layer stores in their place."""
+    """Hidden states of two layer boundaries, or what a layer stores in their place; and of one in
+    the float model, if it runs beside.
+    """
     wide = job.llama.num_attention_heads * job.llama.head_dim
-    return 2 * job.tokens * max(job.llama.hidden_size, wide) * job.storage.dtype.itemsize
+    held = 2 * max(job.llama.hidden_size, wide)
+    if job.beside:
+        held += job.llama.hidden_size
+    return held * job.tokens * job.storage.dtype.itemsize
 
 
 def kept_states_bytes(job: Job) -> int:
@@ -57,7 +62,7 @@ def packed_bytes(job: Job) -> float:
 
 def peak_bytes(job: Job) -> tuple[float, float]:
     """Memory at the widest moment, of the machine and of its GPU."""
-    held = states_bytes(job) * (0 if job.storage.spill else 2 if job.beside else 1)
+    held = 0 if job.storage.spill else states_bytes(job)
     if job.here > 1 and job.storage == replace(job.storage, spill=None, device="cpu"):
         held += slopes_bytes(job)  # of each but the first
     checking = job.llama.vocab_size * job.llama.hidden_size * job.weight_bytes  # the mapped file
@@ -119,7 +124,7 @@ def _solving_bytes(job: Job) -> float:
     for index, group in enumerate(groups):
         weights = mlp if index >= 2 else weights_of(llama)  # attention has gone by then
         beside = weights_of(llama) if job.beside else 0
-        kept = kept_bytes(job) * (2 if job.beside else 1) if index == 3 else 0
+        kept = kept_bytes(job) if index == 3 else 0
         stacks = (_STACKS + (group.linears > 1)) * group.rows * group.width
         solving = _SQUARES * group.width**2 + stacks + _GATHERED * group.rows
         if job.beside and index < 3:

@@ -114,7 +114,6 @@ def make_plan(job: Job) -> Plan:
     else:
         gpu_memory = max(gpu_memory, writing)
     inside, outside = stored_bytes(job.llama, job.config, job.weight_bytes)
-    streams = 2 if job.beside else 1
     slopes = 0 if job.storage.device == "cuda" else slopes_bytes(job)
     return Plan(
         layers=job.llama.num_hidden_layers,
@@ -127,7 +126,7 @@ def make_plan(job: Job) -> Plan:
         states=kept_states_bytes(job),
         own_windows=own_windows_bytes(job),
         slopes=slopes,
-        spilled=job.here * (streams * states_bytes(job) + slopes) if job.storage.spill else 0,
+        spilled=job.here * (states_bytes(job) + slopes) if job.storage.spill else 0,
         output=int(inside + outside),
         waiting=waiting(job, inside + outside),
         here=job.here,

@@ -15,9 +15,10 @@ Gradients of T' tokens take 10 P T' (forward, back, and back again when the laye
 r^3 / 3 to factor it and r^2 n for the feedback between rows; that leaves a solver without the loss,
 which takes r n^2.
 
-Where the float model runs beside the quantized one, forward and attention count twice. Its drift
-adds 2 n^2 T to a Hessian and its lag 2 r n T; to aim takes a second Cholesky, 2 r n^2 to multiply
-W by the drift and 2 r n^2 to solve, and errors are told from W and from the aim.
+Where the float model runs beside the quantized one, forward and attention count twice, but gate and
+up of the float model once. Its drift adds 2 n^2 T to a Hessian and its lag 2 r n T; to aim takes a
+second Cholesky, 2 r n^2 to multiply W by the drift and 2 r n^2 to solve, and errors are told from W
+and from the aim.
 
 To write windows takes 2 operations a weight and token, the head's among them.
 
@@ -125,8 +126,7 @@ def work(job: Job) -> dict[str, float]:
     again = 4 * llama.hidden_size * llama.intermediate_size * tokens * twice
     streams = 2 if job.beside else 1
     layer = {
-        "forward": streams * (2 * weights_of(llama) * tokens + again)
-        + 2 * weights_of(llama) * job.equalized,
+        "forward": 2 * weights_of(llama) * (streams * tokens + job.equalized) + again,
         "attention": streams * 2 * tokens * job.seq_len * wide,
         "Hessian": sum(group.width**2 * tokens for group in groups),
         "Cholesky": streams * sum(group.width**3 / 3 for group in groups),
@@ -209,10 +209,9 @@ def waiting(job: Job, output: float) -> float:
 def elements(job: Job) -> float:
     """Activations that pass through norms and SiLU."""
     llama = job.llama
-    width = 2 * llama.hidden_size + llama.intermediate_size * (
-        2 - kept_bytes(job) / down_bytes(job)
-    )
-    return job.tokens * width * llama.num_hidden_layers * (2 if job.beside else 1)
+    streams, twice = 2 if job.beside else 1, 1 - kept_bytes(job) / down_bytes(job)
+    width = streams * 2 * llama.hidden_size + (streams + twice) * llama.intermediate_size
+    return job.tokens * width * llama.num_hidden_layers
 
 
 def down_bytes(job: Job) -> int:

@@ -103,6 +103,18 @@ def test_walk_computes_the_layer_and_sees_replaced_weights(
         assert torch.allclose(seen[group[0]].double(), x.T @ x, rtol=1e-3, atol=1e-1)
 
 
+@pytest.mark.parametrize("spill", [False, True])
+def test_a_float_layer_runs_in_place(tmp_path: Path, spill: bool) -> None:
+    """In one buffer, of whole and of part batches, also where heads are wider than the stream."""
+    layer = DecoderLayer(LlamaConfig(64, 32, 48, 1, 4, 2, 16)).requires_grad_(False)
+    hidden, storage = torch.randn(5, 1000, 32), Storage(spill=tmp_path if spill else None)
+    states = HiddenStates(5, 1000, 32, storage=storage, in_place=True)
+    states.set_windows(hidden.clone())
+    assert states.next is states.present
+    capture.advance(layer, states)
+    assert (states.output() - layer(hidden)).abs().max() < 1e-4
+
+
 def test_a_sink_raises_the_first_token_of_each_window_for_qkv_alone() -> None:
     """By a literal sum in float64: the first token that is not padding, in H and in the drift."""
     layer = DecoderLayer(LlamaConfig(64, 32, 48, 1, 4, 2, 8)).requires_grad_(False)
