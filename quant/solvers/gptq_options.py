@@ -92,5 +92,5 @@ def with_rotation(options: GPTQOptions) -> GPTQOptions:
 
 _FAST = GPTQOptions(scales="signed", shrink=0.25, sink=0.2, sweeps=1, refits=1)
 _BALANCED = replace(_FAST, sink=0.0, target=0.5, residual=0.5)  # a target needs no sink
-_MAX = replace(_BALANCED, fisher=16384, own=64, equalize=_EQUALIZE)
+_MAX = replace(_BALANCED, sweeps=3, refits=3, fisher=16384, own=64, equalize=_EQUALIZE)
 EFFORTS = {"fast": _FAST, "balanced": _BALANCED, "max": _MAX}
