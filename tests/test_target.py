@@ -117,8 +117,8 @@ def test_walk_beside_sees_both_models(tiny_checkpoint: Path) -> None:
     layer = DecoderLayer(llama)
     hidden, other = torch.randn(5, 40, llama.hidden_size), torch.randn(5, 40, llama.hidden_size)
 
-    def states(values: Tensor) -> HiddenStates:
-        filled = HiddenStates(5, 40, llama.hidden_size)
+    def states(values: Tensor, in_place: bool = False) -> HiddenStates:
+        filled = HiddenStates(5, 40, llama.hidden_size, in_place=in_place)
         filled.set_windows(values)
         return filled
 
@@ -127,12 +127,13 @@ def test_walk_beside_sees_both_models(tiny_checkpoint: Path) -> None:
         return [torch.cat([x for _, x in batches]).flatten(0, 1) for _, batches in seen]
 
     with torch.inference_mode():
-        mine, theirs = states(hidden), states(other)
+        mine, theirs = states(hidden), states(other, in_place=True)
         walking = capture.walk(layer, mine, beside=(copy.deepcopy(layer), theirs))
         drifts, lags = zip(*((hessian.drift, hessian.lag) for hessian in walking), strict=True)
         plain = states(other)
         capture.advance(layer, plain)
         assert torch.equal(theirs.output(), plain.output())
+        assert torch.allclose(plain.output(), layer(other), atol=1e-4)
         assert len(drifts) == len(LINEAR_GROUPS) and drifts[3] is None
         pairs = zip(rows(layer, hidden), rows(layer, other), drifts[:3], strict=False)
         for x, original, drift in pairs:
