@@ -255,7 +255,7 @@ def test_efforts_are_what_their_names_say() -> None:
     fast = GPTQOptions(scales="signed", shrink=0.25, sink=0.2, sweeps=1, refits=1)
     assert EFFORTS["fast"] == fast and not fast.needs_float
     assert EFFORTS["balanced"] == replace(fast, sink=0, target=0.5, residual=0.5)
-    more = {"sweeps": 3, "refits": 3, "fisher": 16384, "own": 64, "equalize": 0.25}
+    more = {"target": 1, "sweeps": 3, "refits": 3, "fisher": 16384, "own": 64, "equalize": 0.25}
     assert EFFORTS["max"] == replace(EFFORTS["balanced"], **more)
 
 
