@@ -4,8 +4,9 @@
     next      first the input of o_proj, then the sum after attention, then the layer's output
 
 After a layer the two are swapped. Because `present` stays as it is, it can be saved to disk while
-the layer runs. Both are allocated once per run, in memory, on the GPU, or as files that are mapped
-into memory. So is the room for what a layer keeps of its widest input.
+the layer runs. A model that is not quantized needs no `next`: its sums replace what they are made
+of. Buffers are allocated once per run, in memory, on the GPU, or as files that are mapped into
+memory. So is the room for what a layer keeps of its widest input.
 """
 
 from __future__ import annotations

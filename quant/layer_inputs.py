@@ -23,7 +23,7 @@ def empty_states(llama: LlamaConfig, windows: Tensor, storage: Storage) -> Hidde
 
 
 def float_states(llama: LlamaConfig, windows: Tensor, storage: Storage) -> HiddenStates:
-    """The same of a model that stays as it is, for half as much room."""
+    """The same of a model that stays as it is: one buffer."""
     count, tokens = windows.shape
     return HiddenStates(count, tokens, llama.hidden_size, storage=storage, in_place=True)
 

@@ -107,6 +107,7 @@ def test_walk_computes_the_layer_and_sees_replaced_weights(
 def test_a_float_layer_runs_in_place(tmp_path: Path, spill: bool) -> None:
     """In one buffer, of whole and of part batches, also where heads are wider than the stream."""
     layer = DecoderLayer(LlamaConfig(64, 32, 48, 1, 4, 2, 16)).requires_grad_(False)
+    layer.post_attention_layernorm.weight.uniform_(0.5, 2)  # other than the norm before attention
     hidden, storage = torch.randn(5, 1000, 32), Storage(spill=tmp_path if spill else None)
     states = HiddenStates(5, 1000, 32, storage=storage, in_place=True)
     states.set_windows(hidden.clone())

@@ -20,12 +20,13 @@ from calib.capture import Budget, walk
 from calib.hidden import HiddenStates, Storage
 from quant import QuantConfig
 from quant.inspection import describe
+from quant.layer_inputs import float_states
 from quant.llama.config import LlamaConfig
 from quant.llama.model import DecoderLayer
 from quant.machine import Rates, measure
 from quant.native import products
 from quant.plan import make_plan
-from quant.workload import Job
+from quant.workload import Job, elements
 
 ROOT = Path(__file__).parents[1]
 LLAMA = LlamaConfig(2080, 128, 256, 3, 4, 2, 32)
@@ -34,20 +35,49 @@ SEVEN_B = Job(LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128), QuantConfig(), 1
 Make = Callable[..., Path]
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 30])
-def test_work_equals_what_torch_counts(keep_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_equals_what_torch_counts(
+    keep_bytes: int, beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(products, "_can", lambda a, b: False)
-    job = replace(JOB, budget=Budget(keep_bytes=keep_bytes))
-    states = HiddenStates(8, 64, 128)
-    states.set_windows(torch.randn(8, 64, 128))
+    job = replace(JOB, budget=Budget(keep_bytes=keep_bytes), beside=beside)
+    states, floats = (HiddenStates(8, 64, 128) for _ in range(2))
+    for some in (states, floats):
+        some.set_windows(torch.randn(8, 64, 128))
+    others = (DecoderLayer(LLAMA), floats) if beside else None
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        for _ in walk(DecoderLayer(LLAMA), states, budget=job.budget):
+        for _ in walk(DecoderLayer(LLAMA), states, budget=job.budget, beside=others):
             pass
     made = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    attention = 2 * 512 * 64 * 128
+    attention = (2 if beside else 1) * 2 * 512 * 64 * 128
     flops = make_plan(job).flops
     assert flops["forward"] == 3 * made and flops["attention"] == 3 * attention
-    assert flops["Hessian"] == 3 * 512 * (3 * 128 * 128 + 256 * 256)
+    more = 2 * (3 * 128 * 128 + 128 * (128 + 256)) if beside else 0  # drifts of three, two lags
+    assert flops["Hessian"] == 3 * 512 * (3 * 128 * 128 + 256 * 256 + more)
+    again = (0 if keep_bytes else 1) * 256
+    streams = 2 if beside else 1
+    assert elements(job) == 3 * 512 * (streams * (2 * 128 + 256) + again)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_states_of_the_float_model_take_one_buffer(tmp_path: Path, beside: bool) -> None:
+    """In memory, or on the disk: two of the quantized model, and one."""
+    job = replace(JOB, beside=beside)
+    states = (3 if beside else 2) * 512 * 128 * 4
+    spilled = make_plan(replace(job, storage=Storage(spill=tmp_path)))
+    assert spilled.spilled == states
+    assert make_plan(job).memory - spilled.memory == states
+    job = replace(job, windows=2000)  # down_proj is the widest moment
+    much, less = (replace(job, budget=Budget(keep_bytes=keep)) for keep in (1 << 25, 1 << 24))
+    assert make_plan(much).memory - make_plan(less).memory == 1 << 24
+
+
+def test_float_states_are_held_as_all_are(tmp_path: Path) -> None:
+    windows = torch.zeros(3, 8, dtype=torch.int64)
+    held = float_states(LLAMA, windows, Storage(torch.bfloat16, tmp_path))
+    assert held.next is held.present and held.present.dtype == torch.bfloat16
+    assert held.present._map is not None and held.hidden_size == 128
 
 
 def test_sizes_of_the_standard_geometry() -> None:
