@@ -102,14 +102,14 @@ Effort = Annotated[
         help="What gptq does for accuracy. fast: scales searched by their weighted error, refit "
         "once, and codes swept once, on a Hessian shrunk towards its diagonal; the first token of "
         "a window counts more for q, k and v. balanced: also aims at the float model's outputs and "
-        "residual stream; the float model "
-        "runs beside the quantized one, with a forward, hidden states and layer weights of its "
-        "own: 1.7 to 1.9 times the time of fast, perplexity 4.3 % above float where fast is 6.2 % "
-        "(SmolLM2-135M, W4 g64, 16k tokens; docs/accuracy.md). max: also lets rows make up for "
-        "each other's errors, as gradients of the float model's predictions tell, gives channels "
-        "sizes that round better, so that adapters trained on the original do not fit, and has the "
-        "model write more text: 11 times the time of fast and 1.9 times its memory, perplexity "
-        "3.6 % above float, on text of another kind 9.5 % where fast is 13.6 %.",
+        "residual stream; the float model runs beside the quantized one, with a forward, hidden "
+        "states and layer weights of its own: 1.8 times the time of fast, perplexity 4.3 % "
+        "above float where fast is 6.2 % (SmolLM2-135M, W4 g64, 16k tokens; docs/accuracy.md). "
+        "max: aims further, refits and sweeps three times, lets rows make up for each other's "
+        "errors, as gradients of the float model's predictions tell, gives channels sizes that "
+        "round better, so that adapters trained on the original do not fit, and has the model "
+        "write more text: 13 times the time of fast and 1.7 times its memory, perplexity 3.4 % "
+        "above float, on text of another kind 9.1 % where fast is 13.6 %.",
         rich_help_panel=SOLVING,
     ),
 ]
