@@ -202,12 +202,11 @@ def _float_stages(
     """The inputs of each group of linears of a layer that stays as it is; take all of them before
     going on. What a sum is made of is overwritten when the batch after it is asked for.
     """
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp, batches = layer.self_attn, layer.mlp, _batches(states, budget.batch_tokens)
     for norm, mix, last in (
         (layer.input_layernorm, attention.mix, attention.o_proj),
         (layer.post_attention_layernorm, mlp.mix, mlp.down_proj),
     ):
-        batches = _batches(states, budget.batch_tokens)
         yield ((batch, norm(_present(states, batch, device))) for batch in batches)
         yield _added(norm, mix, last, states, device, batches)
 
@@ -224,6 +223,7 @@ def _added(
 
 
 def _present(states: HiddenStates, batch: slice, device: Any) -> Tensor:
+    """The hidden states of a batch at the layer's input, or as far as a float layer has come."""
     return states.present.read(batch, states.hidden_size).to(device)
 
 

@@ -19,7 +19,7 @@ class GPTQOptions:
             "weighted" searches for the least error weighted by diag(H), "signed" the same with
             negative scales allowed in symmetric grids.
         shrink: how far H is taken to be its own diagonal, 0 to below 1; its other entries, known
-            from few tokens of one kind of text, count so much less. See `_shrunk`.
+            from few tokens of one kind of text, count so much less; see quant.solvers.factor.
         target: how far to aim at the float model's outputs rather than at the weights, 0 to 1; 0
             is off. Used by the pipeline, see quant.solvers.target.
         residual: the same of o_proj and down_proj and the float model's residual stream.
@@ -92,7 +92,7 @@ def with_rotation(options: GPTQOptions) -> GPTQOptions:
 
 _FAST = GPTQOptions(scales="signed", shrink=0.25, sink=0.2, sweeps=1, refits=1)
 _BALANCED = replace(_FAST, sink=0.0, target=0.5, residual=0.5)  # a target needs no sink
-_MAX = replace(  # with windows of its own there is enough data for a lower loss and a farther aim
+_MAX = replace(  # windows of its own are data enough for a lower loss and a farther aim
     _BALANCED, target=1.0, sweeps=3, refits=3, fisher=16384, own=64, equalize=_EQUALIZE
 )
 EFFORTS = {"fast": _FAST, "balanced": _BALANCED, "max": _MAX}
